@@ -1,0 +1,181 @@
+// The one small matrix product that every kernel is made of: C (+)= A B on tiles in cache.
+//
+// B and C are row-major with rows padded to whole vectors; A is read one element at a time, so any
+// row and column stride serves and a transposed A costs nothing. A block of C (up to 6 rows of 4
+// vectors with 32 registers) lives in registers while k runs. Each element of C is one running sum
+// over k in order, so blocking never changes a bit.
+#pragma once
+
+#include "simd.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// What one step of k multiplies: plain numbers, or with AVX512-BF16 two bf16 at a time.
+template <class Real>
+struct Plain {
+  using Element = Real;
+  using Accumulator = Real;
+  static FASTATTN_INLINE Vector<Real> load_b(const Real* p) { return load(p); }
+  static FASTATTN_INLINE Vector<Real> broadcast(const Real* p) { return splat(*p); }
+  static FASTATTN_INLINE Vector<Real> multiply_add(Vector<Real> a, Vector<Real> b, Vector<Real> c) {
+    return a * b + c;
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Elements are pairs of bf16 that are neighbours along k; products are summed in float32.
+struct Bf16Pairs {
+  using Element = uint32_t;
+  using Accumulator = float;
+  static FASTATTN_INLINE __m512i load_b(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static FASTATTN_INLINE __m512i broadcast(const uint32_t* p) {
+    return _mm512_set1_epi32(static_cast<int>(*p));
+  }
+  static FASTATTN_INLINE Vector<float> multiply_add(__m512i a, __m512i b, Vector<float> c) {
+    return (Vector<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+#if FASTATTN_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kBlockRows = 6, kBlockVectors = 4;  // 32 registers: 24 sums, 4 of B, 1 of A
+#else
+constexpr int kBlockRows = 6, kBlockVectors = 2;  // 16 registers: 12 sums, 2 of B, 1 of A
+#endif
+
+template <class Arith, int Rows, int Vectors, bool Accumulate>
+FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, int64_t row_stride,
+                                  int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
+                                  typename Arith::Accumulator* C, int64_t ldc) {
+  using Real = typename Arith::Accumulator;
+  constexpr int L = kLanes<Real>;
+  Vector<Real> sum[Rows][Vectors];
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j)
+      sum[i][j] = Accumulate ? load(C + i * ldc + j * L) : Vector<Real>{};
+  for (int64_t k = 0; k < K; ++k) {
+    decltype(Arith::load_b(B)) b[Vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) b[j] = Arith::load_b(B + k * ldb + j * L);
+#pragma GCC unroll 6
+    for (int i = 0; i < Rows; ++i) {
+      const auto a = Arith::broadcast(A + i * row_stride + k * k_stride);
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = Arith::multiply_add(a, b[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) store(C + i * ldc + j * L, sum[i][j]);
+}
+
+// One panel of `Vectors` columns; the last rows take a smaller block.
+template <class Arith, int Vectors, bool Accumulate>
+void matmul_panel(int64_t M, int64_t K, const typename Arith::Element* A, int64_t row_stride,
+                  int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
+                  typename Arith::Accumulator* C, int64_t ldc) {
+  int64_t i = 0;
+  for (; i + kBlockRows <= M; i += kBlockRows)
+    matmul_block<Arith, kBlockRows, Vectors, Accumulate>(K, A + i * row_stride, row_stride,
+                                                         k_stride, B, ldb, C + i * ldc, ldc);
+  A += i * row_stride;
+  C += i * ldc;
+  switch (M - i) {
+#define FASTATTN_ROWS(n)                                                                         \
+  case n:                                                                                        \
+    matmul_block<Arith, n, Vectors, Accumulate>(K, A, row_stride, k_stride, B, ldb, C, ldc); \
+    break;
+    FASTATTN_ROWS(1)
+    FASTATTN_ROWS(2)
+    FASTATTN_ROWS(3)
+    FASTATTN_ROWS(4)
+    FASTATTN_ROWS(5)
+#undef FASTATTN_ROWS
+  }
+}
+
+// C (M, N) = A B, or += with Accumulate. N is a multiple of the vector length.
+// A[i, k] is A[i * row_stride + k * k_stride].
+template <class Arith, bool Accumulate>
+void matmul(int64_t M, int64_t N, int64_t K, const typename Arith::Element* A, int64_t row_stride,
+            int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
+            typename Arith::Accumulator* C, int64_t ldc) {
+  constexpr int L = kLanes<typename Arith::Accumulator>;
+  int64_t j = 0;
+  for (; j + kBlockVectors * L <= N; j += kBlockVectors * L)
+    matmul_panel<Arith, kBlockVectors, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j,
+                                                   ldc);
+  if constexpr (kBlockVectors > 2) {
+    if (j + 2 * L <= N) {
+      matmul_panel<Arith, 2, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j, ldc);
+      j += 2 * L;
+    }
+  }
+  if (j + L <= N)
+    matmul_panel<Arith, 1, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j, ldc);
+}
+
+// The causal products only touch the lower triangle of a chunk's (row, column) matrix, to the
+// nearest block; what they read or write above the diagonal must be zero or be cleared by the
+// caller.
+
+// Scores: C[i, j] = sum_k A[i, k] B[k, j] for j <= i.
+template <class Arith>
+void matmul_to_lower(int64_t rows, int64_t K, const typename Arith::Element* A, int64_t row_stride,
+                     int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
+                     typename Arith::Accumulator* C, int64_t ldc) {
+  constexpr int L = kLanes<typename Arith::Accumulator>;
+  constexpr int64_t step = 2 * kBlockRows;
+  for (int64_t i = 0; i < rows; i += step) {
+    const int64_t count = rows - i < step ? rows - i : step;
+    const int64_t columns = (i + count + L - 1) / L * L;
+    matmul<Arith, false>(count, columns, K, A + i * row_stride, row_stride, k_stride, B, ldb,
+                         C + i * ldc, ldc);
+  }
+}
+
+// C[i] += sum_{k <= i} A[i, k] B[k]; A is zero above its diagonal. `per` is the number of tokens in
+// one element of k (2 for pairs).
+template <class Arith>
+void matmul_from_lower(int64_t rows, int64_t N, const typename Arith::Element* A,
+                       int64_t row_stride, const typename Arith::Element* B, int64_t ldb,
+                       typename Arith::Accumulator* C, int64_t ldc, int64_t per = 1) {
+  for (int64_t i = 0; i < rows; i += kBlockRows) {
+    const int64_t count = rows - i < kBlockRows ? rows - i : kBlockRows;
+    matmul<Arith, true>(count, N, (i + count + per - 1) / per, A + i * row_stride, row_stride, 1, B,
+                        ldb, C + i * ldc, ldc);
+  }
+}
+
+// C[j] += sum_{i >= j} A[i, j] B[i]; A is zero above its diagonal.
+template <class Arith>
+void matmul_from_lower_transposed(int64_t rows, int64_t N, const typename Arith::Element* A,
+                                  int64_t lda, const typename Arith::Element* B, int64_t ldb,
+                                  typename Arith::Accumulator* C, int64_t ldc) {
+  for (int64_t j = 0; j < rows; j += kBlockRows) {
+    const int64_t count = rows - j < kBlockRows ? rows - j : kBlockRows;
+    matmul<Arith, true>(count, N, rows - j, A + j * lda + j, 1, lda, B + j * ldb, ldb, C + j * ldc,
+                        ldc);
+  }
+}
+
+// C (N, M) = A^T for A (M, N); C's rows are padded with zeros to ldc.
+template <class Real>
+void transpose(int64_t M, int64_t N, const Real* A, int64_t lda, Real* C, int64_t ldc) {
+  constexpr int64_t block = 16;
+  for (int64_t j0 = 0; j0 < N; j0 += block)
+    for (int64_t i0 = 0; i0 < M; i0 += block) {
+      const int64_t j1 = j0 + block < N ? j0 + block : N, i1 = i0 + block < M ? i0 + block : M;
+      for (int64_t j = j0; j < j1; ++j)
+        for (int64_t i = i0; i < i1; ++i) C[j * ldc + i] = A[i * lda + j];
+    }
+  for (int64_t j = 0; j < N; ++j)
+    for (int64_t i = M; i < ldc; ++i) C[j * ldc + i] = 0;
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

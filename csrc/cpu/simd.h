@@ -1,0 +1,263 @@
+// The vector register of the instruction set this file is compiled for, as a plain value type.
+// GCC/Clang vector extensions give arithmetic, comparison and selection; what is added here is
+// loading, exp, reductions and the 16-bit formats. One source serves SSE2, AVX2, AVX-512 and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define FASTATTN_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTATTN_VECTOR_BYTES 32
+#else
+#define FASTATTN_VECTOR_BYTES 16
+#endif
+
+#define FASTATTN_INLINE inline __attribute__((always_inline))
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+template <class Real>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  static constexpr int lanes = FASTATTN_VECTOR_BYTES / 4;
+  typedef float Vector __attribute__((vector_size(FASTATTN_VECTOR_BYTES)));
+  typedef int32_t Bits __attribute__((vector_size(FASTATTN_VECTOR_BYTES)));
+  typedef uint32_t Unsigned __attribute__((vector_size(FASTATTN_VECTOR_BYTES)));
+  typedef uint16_t Half __attribute__((vector_size(FASTATTN_VECTOR_BYTES / 2)));
+};
+
+template <>
+struct Simd<double> {
+  static constexpr int lanes = FASTATTN_VECTOR_BYTES / 8;
+  typedef double Vector __attribute__((vector_size(FASTATTN_VECTOR_BYTES)));
+  typedef int64_t Bits __attribute__((vector_size(FASTATTN_VECTOR_BYTES)));
+};
+
+template <class Real>
+using Vector = typename Simd<Real>::Vector;
+
+template <class Real>
+constexpr int kLanes = Simd<Real>::lanes;
+
+template <class Real>
+FASTATTN_INLINE Vector<Real> load(const Real* p) {
+  Vector<Real> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class Real>
+FASTATTN_INLINE void store(Real* p, Vector<Real> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class Real>
+FASTATTN_INLINE Vector<Real> splat(Real x) {
+  return Vector<Real>{} + x;
+}
+
+template <class Real>
+FASTATTN_INLINE Vector<Real> maximum(Vector<Real> a, Vector<Real> b) {
+  return a > b ? a : b;
+}
+
+template <class Real>
+FASTATTN_INLINE Vector<Real> minimum(Vector<Real> a, Vector<Real> b) {
+  return a < b ? a : b;
+}
+
+// Reductions fold halves, so their order is fixed and the tree is shallow.
+template <class Real>
+FASTATTN_INLINE Real sum_lanes(Vector<Real> v) {
+  Real x[kLanes<Real>];
+  __builtin_memcpy(x, &v, sizeof v);
+  for (int width = kLanes<Real> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
+template <class Real>
+FASTATTN_INLINE Real max_lanes(Vector<Real> v) {
+  Real x[kLanes<Real>];
+  __builtin_memcpy(x, &v, sizeof v);
+  for (int width = kLanes<Real> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+  return x[0];
+}
+
+// e^x for x <= 88 (float) or 709 (double), 0 below the smallest normal number; within 1 ulp of the
+// rounded result. x = n ln2 + r, e^x = 2^n p(r); adding 1.5 * 2^mantissa rounds n to an integer and
+// leaves it in the low bits. NaN stays NaN.
+FASTATTN_INLINE Vector<float> exp(Vector<float> x) {
+  using V = Vector<float>;
+  using Bits = Simd<float>::Bits;
+  const V shifter = splat(12582912.0f);
+  const V t = x * 1.44269504088896341f + shifter;
+  const V n = t - shifter;
+  V r = x - n * 0.693145751953125f;
+  r = r - n * 1.428606765330187045e-06f;
+  V p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  Bits exponent;
+  __builtin_memcpy(&exponent, &t, sizeof t);
+  exponent = (exponent << 23) + (127 << 23);  // the shifter's own bits leave on the left
+  V power;
+  __builtin_memcpy(&power, &exponent, sizeof power);
+  return x < -87.33f ? V{} : p * power;
+}
+
+FASTATTN_INLINE Vector<double> exp(Vector<double> x) {
+  using V = Vector<double>;
+  using Bits = Simd<double>::Bits;
+  const V shifter = splat(6755399441055744.0);
+  const V t = x * 1.4426950408889634074 + shifter;
+  const V n = t - shifter;
+  V r = x - n * 6.93147180369123816490e-01;
+  r = r - n * 1.90821492927058770002e-10;
+  V p = splat(1.0 / 6227020800.0);
+  constexpr double coefficient[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                                    1.0 / 40320,     1.0 / 5040,     1.0 / 720,     1.0 / 120,
+                                    1.0 / 24,        1.0 / 6,        1.0 / 2};
+  for (double c : coefficient) p = p * r + c;
+  p = p * (r * r) + r + 1.0;
+  Bits exponent;
+  __builtin_memcpy(&exponent, &t, sizeof t);
+  exponent = (exponent << 52) + (int64_t{1023} << 52);
+  V power;
+  __builtin_memcpy(&power, &exponent, sizeof power);
+  return x < -708.0 ? V{} : p * power;
+}
+
+// ---- 16-bit formats -----------------------------------------------------------------------------
+
+FASTATTN_INLINE float bf16_to_float(uint16_t h) {
+  const uint32_t bits = uint32_t{h} << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+FASTATTN_INLINE uint16_t float_to_bf16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof x);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+FASTATTN_INLINE Vector<float> load_bf16(const uint16_t* p) {
+  Simd<float>::Half half;
+  __builtin_memcpy(&half, p, sizeof half);
+  const auto bits = __builtin_convertvector(half, Simd<float>::Unsigned) << 16;
+  Vector<float> v;
+  __builtin_memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+// Round to nearest even, NaN kept quiet.
+FASTATTN_INLINE Simd<float>::Unsigned round_to_bf16(Vector<float> v) {
+  Simd<float>::Unsigned bits;
+  __builtin_memcpy(&bits, &v, sizeof v);
+  const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const auto quiet = (bits >> 16) | 0x40u;
+  return v == v ? rounded : quiet;
+}
+
+FASTATTN_INLINE void store_bf16(uint16_t* p, Vector<float> v) {
+  const auto half = __builtin_convertvector(round_to_bf16(v), Simd<float>::Half);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+
+#if defined(__F16C__)
+FASTATTN_INLINE float f16_to_float(uint16_t h) { return _cvtsh_ss(h); }
+FASTATTN_INLINE uint16_t float_to_f16(float x) {
+  return static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__aarch64__)
+FASTATTN_INLINE float f16_to_float(uint16_t h) {
+  __fp16 x;
+  __builtin_memcpy(&x, &h, sizeof h);
+  return static_cast<float>(x);
+}
+FASTATTN_INLINE uint16_t float_to_f16(float value) {
+  const __fp16 x = static_cast<__fp16>(value);
+  uint16_t h;
+  __builtin_memcpy(&h, &x, sizeof h);
+  return h;
+}
+#else
+// No conversion instruction: exponents are re-based by a multiplication, which also makes
+// subnormals right; overflow and NaN are handled apart.
+FASTATTN_INLINE float f16_to_float(uint16_t h) {
+  uint32_t bits = uint32_t{h & 0x7fffu} << 13;
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  x *= 0x1p112f;
+  __builtin_memcpy(&bits, &x, sizeof x);
+  if ((h & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
+  bits |= uint32_t{h & 0x8000u} << 16;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+FASTATTN_INLINE uint16_t float_to_f16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (bits < 0x38800000u) {  // subnormal in half: let the float adder round
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    x += 0.5f;
+    __builtin_memcpy(&bits, &x, sizeof x);
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+  }
+  bits += 0xc8000fffu + ((bits >> 13) & 1u);
+  return static_cast<uint16_t>(sign | (bits >> 13));
+}
+#endif
+
+FASTATTN_INLINE Vector<float> load_f16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  __m256i half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return (Vector<float>)_mm512_cvtph_ps(half);
+#elif defined(__F16C__) && FASTATTN_VECTOR_BYTES == 32
+  __m128i half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return (Vector<float>)_mm256_cvtph_ps(half);
+#else
+  float x[kLanes<float>];
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = f16_to_float(p[i]);
+  return load(x);
+#endif
+}
+
+FASTATTN_INLINE void store_f16(uint16_t* p, Vector<float> v) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(p, &half, sizeof half);
+#elif defined(__F16C__) && FASTATTN_VECTOR_BYTES == 32
+  const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(p, &half, sizeof half);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = float_to_f16(v[i]);
+#endif
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
