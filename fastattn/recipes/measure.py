@@ -1,0 +1,126 @@
+"""Time and peak memory of models against input length.
+
+Each point is measured in a process of its own, forked from a server that has imported everything
+but computed nothing: memory that one length has touched would otherwise count for the next. Peak
+memory is what the process's resident memory rose by at its highest while the model ran, so the
+weights and the libraries are not in it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn.recipes.models import load_model, position_limit
+from fastattn.recipes.progress import progress
+
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+SECONDS_PER_POINT = 2.0
+MIN_RUNS, MAX_RUNS = 3, 50
+
+
+@dataclass(frozen=True)
+class Point:
+    """One forward pass over ``batch`` texts of ``length`` tokens: median seconds, peak bytes
+    beyond the loaded model (None where the platform can't say)."""
+
+    name: str
+    length: int
+    batch: int
+    seconds: float
+    peak_bytes: int | None
+
+
+def measure(
+    models: dict[str, Path],
+    lengths: Sequence[int] = LENGTHS,
+    *,
+    batch: int = 1,
+    bf16: bool = False,
+    threads: int | None = None,
+) -> list[dict[str, Any]]:
+    """Measure each checkpoint at each length; positions are extended where a model has too few.
+
+    Returns ``Point`` fields as dicts, in the order of ``models`` and then of ``lengths``.
+    """
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        context.set_forkserver_preload(["fastattn.recipes.measure", "fastattn.models"])
+    points = []
+    threads = threads or torch.get_num_threads()
+    with progress("Measuring", len(models) * len(lengths)) as advance:
+        for name, path in models.items():
+            for length in lengths:
+                with ProcessPoolExecutor(1, mp_context=context) as process:
+                    arguments = (name, path, length, max(lengths), batch, bf16, threads)
+                    point = process.submit(_measure_point, *arguments).result()
+                points.append(asdict(point))
+                advance(1, f"{name} {length}: {point.seconds:.3g} s")
+    return points
+
+
+def _measure_point(
+    name: str, path: Path, length: int, longest: int, batch: int, bf16: bool, threads: int
+) -> Point:
+    torch.set_num_threads(threads)
+    model = load_model(path).eval()
+    limit = position_limit(model)
+    if limit is not None and limit < longest:
+        import fastattn
+
+        fastattn.extend_positions(model, longest, method="hierarchical")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(vocabulary // 2, vocabulary, (batch, length), generator=generator)
+    ids = ids.to(device)
+    mask = torch.ones_like(ids)
+
+    def forward() -> float:
+        start = time.perf_counter()
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            model(input_ids=ids, attention_mask=mask)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    before = _reset_peak(device)
+    forward()  # also the warm-up
+    peak = None if before is None else max(0, _peak(device) - before)
+    seconds: list[float] = []
+    while len(seconds) < MIN_RUNS or (sum(seconds) < SECONDS_PER_POINT and len(seconds) < MAX_RUNS):
+        seconds.append(forward())
+    return Point(name, length, batch, statistics.median(seconds), peak)
+
+
+def _reset_peak(device: torch.device) -> int | None:
+    """Forget the peak so far; bytes in use now, or None where peaks can't be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # 5: set VmHWM back to VmRSS
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

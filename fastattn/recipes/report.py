@@ -1,0 +1,166 @@
+"""The result of a run for people and programs: tables, ``report.json`` and ``report.png``.
+
+A report is a plain dict (what ``report.json`` holds, see ``docs/linearize.md``); everything shown
+is computed from it, so a table can be printed again from the file alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Report = dict[str, Any]
+MODEL_NAMES = {
+    "softmax": "softmax attention, fine-tuned",
+    "swapped": "linear attention, swapped, untrained",
+    "transferred": "linear attention, after attention transfer",
+    "linear": "linear attention, after distillation",
+}
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers come from: processor, threads, versions."""
+    import torch
+    import transformers
+
+    import fastattn
+
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "fastattn": fastattn.__version__,
+    }
+
+
+def write_json(report: Report, path: Path) -> None:
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Accuracy of each model, then time and memory against input length."""
+    console.print(accuracy_table(report))
+    if report["measurements"]:
+        console.print(length_table(report["measurements"]))
+
+
+def accuracy_table(report: Report) -> Table:
+    rows = next(iter(report["models"].values()))["rows"]
+    table = Table(title=f"Accuracy on {rows} dev rows", title_justify="left")
+    table.add_column("model")
+    for column in ("reads tokens", "accuracy", "of softmax", "Matthews", "loss"):
+        table.add_column(column, justify="right")
+    softmax = report["models"]["softmax"]["accuracy"]
+    for name, scores in report["models"].items():
+        table.add_row(
+            MODEL_NAMES[name],
+            str(scores["max_length"]),
+            f"{100 * scores['accuracy']:.1f} %",
+            f"{100 * scores['accuracy'] / softmax:.1f} %" if softmax else "",
+            f"{scores['matthews']:.3f}",
+            f"{scores['loss']:.3f}",
+        )
+    return table
+
+
+def length_table(points: list[dict[str, Any]]) -> Table:
+    batch = points[0]["batch"]
+    table = Table(
+        title=f"One forward pass, batch {batch}: time and peak memory beyond the weights",
+        title_justify="left",
+    )
+    table.add_column("tokens", justify="right")
+    for column in ("softmax", "linear", "faster", "softmax", "linear"):
+        table.add_column(column, justify="right")
+    by_name = by_length(points)
+    for length, softmax in by_name["softmax"].items():
+        linear = by_name["linear"][length]
+        table.add_row(
+            str(length),
+            duration(softmax["seconds"]),
+            duration(linear["seconds"]),
+            f"{softmax['seconds'] / linear['seconds']:.2f}x",
+            memory(softmax["peak_bytes"]),
+            memory(linear["peak_bytes"]),
+        )
+    return table
+
+
+def plot(report: Report, path: Path) -> None:
+    """Accuracies as bars; time and peak memory against length, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    points = report["measurements"]
+    figure = Figure(figsize=(15, 4.5) if points else (6, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3 if points else 1, squeeze=False)[0]
+    _plot_accuracy(axes[0], report["models"])
+    if points:
+        by_name = by_length(points)
+        colors = {"softmax": "#8c8c8c", "linear": "#0b6fb8"}
+        for name, series in by_name.items():
+            lengths = list(series)
+            style = {"color": colors.get(name), "marker": "o", "label": name}
+            axes[1].plot(lengths, [1e3 * p["seconds"] for p in series.values()], **style)
+            if all(p["peak_bytes"] is not None for p in series.values()):
+                megabytes = [max(p["peak_bytes"], 1) / 2**20 for p in series.values()]
+                axes[2].plot(lengths, megabytes, **style)
+        titles = ("Time of one forward pass", "Peak memory beyond the weights")
+        for axis, title, unit in zip(axes[1:], titles, ("milliseconds", "MiB"), strict=True):
+            axis.set(title=title, xlabel="input length (tokens)", ylabel=unit)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(lengths, [str(length) for length in lengths])
+            axis.grid(True, which="both", alpha=0.25)
+            axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def by_length(points: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Points as ``[name][length]``."""
+    series: dict[str, dict[int, dict[str, Any]]] = {}
+    for point in points:
+        series.setdefault(point["name"], {})[point["length"]] = point
+    return series
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+def memory(size: int | None) -> str:
+    if size is None:
+        return "unknown"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _plot_accuracy(axis: Any, models: dict[str, dict[str, Any]]) -> None:
+    short = {
+        "softmax": "softmax",
+        "swapped": "swapped,\nuntrained",
+        "transferred": "attention\ntransfer",
+        "linear": "linearised",
+    }
+    accuracies = [100 * scores["accuracy"] for scores in models.values()]
+    colors = ["#8c8c8c", "#cfe3f3", "#7fb5dc", "#0b6fb8"]
+    bars = axis.bar([short[name] for name in models], accuracies, color=colors[: len(models)])
+    axis.bar_label(bars, fmt="%.1f")
+    axis.axhline(accuracies[0], color="#8c8c8c", linewidth=1, linestyle=":")
+    axis.set(title="Accuracy on the dev set", ylabel="per cent", ylim=(0, 108))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} x {os.cpu_count()}"
+    return f"{platform.processor() or platform.machine()} x {os.cpu_count()}"
