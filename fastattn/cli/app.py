@@ -1,0 +1,21 @@
+"""The command's table of contents: each subcommand is a module of its own."""
+
+from __future__ import annotations
+
+import typer
+
+from fastattn.cli.exits import EXIT_CODES
+from fastattn.cli.info import info
+from fastattn.cli.linearize import linearize
+
+app = typer.Typer(
+    name="fastattn",
+    help="Linear attention for the Transformer you have.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(info)
+app.command(epilog=EXIT_CODES)(linearize)

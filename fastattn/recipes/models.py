@@ -1,0 +1,104 @@
+"""Checkpoints in and out: which model a folder holds, whether it is fine-tuned, and for what.
+
+Everything that can be wrong with a model is found from its ``config.json`` before weights are read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from fastattn.recipes.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from fastattn.recipes.data import Task
+
+
+def load_config(path: Path) -> PretrainedConfig:
+    """The configuration in ``path``.
+
+    Raises:
+        ModelError: no such folder, or no readable ``config.json`` in it.
+    """
+    if not path.is_dir():
+        raise ModelError(f"model folder {path} does not exist (models are read from disk only)")
+    if not (path / "config.json").is_file():
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise ModelError(f"{path} has no config.json, so it is no Hugging Face model; has {there}")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"can't read {path}/config.json: {error}") from error
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # each tokenizer class raises its own kind
+        raise ModelError(f"can't load the tokenizer in {path}: {error}") from error
+
+
+def load_model(path: Path, **options: Any) -> PreTrainedModel:
+    """The sequence classifier in ``path``, with softmax or linear attention as it was saved."""
+    import fastattn
+
+    config = load_config(path)
+    try:
+        if is_linear(config):
+            return fastattn.load(path)
+        return AutoModelForSequenceClassification.from_pretrained(
+            path, local_files_only=True, **options
+        )
+    except (ValueError, OSError) as error:
+        raise ModelError(f"can't load the model in {path}: {error}") from error
+
+
+def is_linear(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint was saved with fastattn's attention."""
+    return getattr(config, "fastattn", None) is not None
+
+
+def is_fine_tuned(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint already has a trained classification head."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def output_labels(config: PretrainedConfig) -> tuple[str, ...]:
+    """Names of a fine-tuned model's outputs, in order; LABEL_0, ... stand for 0, ..."""
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if all(name == f"LABEL_{i}" for i, name in enumerate(names)):
+        names = [str(i) for i in range(len(names))]
+    return tuple(names)
+
+
+def new_classifier(path: Path, task: Task) -> PreTrainedModel:
+    """The encoder in ``path`` with a new head for the labels of ``task``."""
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            path,
+            local_files_only=True,
+            num_labels=len(task.labels),
+            id2label=task.id2label,
+            label2id={name: i for i, name in task.id2label.items()},
+            ignore_mismatched_sizes=True,  # another task's head has other sizes
+        )
+    except (ValueError, OSError) as error:
+        raise ModelError(f"can't load the model in {path}: {error}") from error
+
+
+def position_limit(model_or_config: nn.Module | PretrainedConfig) -> int | None:
+    """How many tokens the model has positions for; None where nothing says so."""
+    config: Any = getattr(model_or_config, "config", model_or_config)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    # RoBERTa and its kin number positions from padding_idx + 1.
+    offset = (
+        2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "data2vec-text") else 0
+    )
+    return int(limit) - offset
