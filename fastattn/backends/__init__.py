@@ -6,6 +6,9 @@ use, so a missing compiler, driver or library is a sentence to the user, never a
 
 from __future__ import annotations
 
+import importlib
+import warnings
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -85,3 +88,66 @@ class Backend(Protocol):
         contiguous here), returns out (B, Hq, 1, Dv)."""
 
 
+# In the order in which "auto" tries them: module and class, imported on first use.
+_BACKENDS = {
+    "cpu": ("fastattn.backends.cpu", "CPUBackend"),
+    "reference": ("fastattn.backends.reference", "ReferenceBackend"),
+}
+
+
+def names() -> list[str]:
+    """The names that ``backend=`` accepts, besides "auto"."""
+    return list(_BACKENDS)
+
+
+@lru_cache(maxsize=None)
+def load(name: str) -> Backend | str:
+    """The backend of that name, or the reason why this machine doesn't have it."""
+    module, cls = _BACKENDS[name]
+    try:
+        backend: Backend = getattr(importlib.import_module(module), cls)()
+    except ImportError as error:
+        return f"the native library is not built: {error}"
+    return backend
+
+
+def why_not(name: str, problem: Problem) -> str | None:
+    """None if that backend can compute the problem here, else the reason in one sentence."""
+    backend = load(name)
+    return backend if isinstance(backend, str) else backend.why_not(problem)
+
+
+def choose(problem: Problem, name: str = "auto") -> Backend:
+    """The backend that computes the problem: the one named, or the first that can.
+
+    ValueError if the named one can't. "auto" warns, once per reason, when all that is left for
+    CPU tensors is the reference: that would be slow for a cause the user can remove.
+    """
+    try:
+        return _choose(problem, name)
+    except TypeError:  # sizes that torch.compile traces as symbols have no hash
+        return _choose.__wrapped__(problem, name)
+
+
+@lru_cache(maxsize=4096)
+def _choose(problem: Problem, name: str) -> Backend:
+    reasons = {}
+    for candidate in names() if name == "auto" else [name]:
+        reason = why_not(candidate, problem)
+        backend = load(candidate)
+        if reason is None and not isinstance(backend, str):
+            if candidate == "reference" and name == "auto":
+                _warn_slow(reasons)
+            return backend
+        reasons[candidate] = reason
+    raise ValueError(f"backend={name!r} cannot compute this call: {reasons[name]}")
+
+
+def _warn_slow(reasons: dict[str, str | None]) -> None:
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    _warn_once(f"linear_attention runs on the slow reference backend, because {why}")
+
+
+@lru_cache(maxsize=None)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

@@ -1,0 +1,300 @@
+"""The torch.library ops: where torch's dispatcher, compiler and autograd meet the backends.
+
+``fastattn::forward``, ``fastattn::backward`` and ``fastattn::step`` each have a kernel (builds the
+Problem, calls the backend), a fake kernel (shapes only, for torch.compile and export) and an
+autograd kernel. The ops are defined by schema: ``torch.library.custom_op`` and
+``register_autograd`` do the same with twice the time per call (measured: 8 us against 15 us).
+
+An op can't return None, so an absent state or gradient is an empty tensor between here and
+``attention.py``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import backends
+from fastattn.backends import Inputs
+from fastattn.ops.check import check_offsets
+from fastattn.ops.problem import Problem
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? cu_seqlens, "
+    "Tensor? cu_seqlens_k, Tensor? initial_S, Tensor? initial_z"
+)
+_OPTIONS = (
+    "str feature_map, bool is_causal, bool normalize, float scale, float eps, str form, "
+    "bool return_state, bool needs_grad, str backend"
+)
+_NUM_INPUTS = len(Inputs._fields)
+
+library = torch.library.Library("fastattn", "DEF")
+library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor S, Tensor z, Tensor saved)")
+library.define(
+    f"backward(Tensor saved, Tensor grad_out, Tensor? grad_S, Tensor? grad_z, {_INPUTS}, "
+    f"{_OPTIONS}) -> (Tensor query, Tensor key, Tensor value, Tensor initial_S, Tensor initial_z)"
+)
+library.define(
+    "step(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor(a!) S, Tensor(b!) z, "
+    "str feature_map, bool normalize, float scale, float eps, str backend) -> Tensor out"
+)
+forward_op = torch.ops.fastattn.forward.default
+backward_op = torch.ops.fastattn.backward.default
+step_op = torch.ops.fastattn.step.default
+
+# Calls inside go straight to the kernels; torch.library uses the same guard. With nothing to
+# differentiate it also saves an eager call the walk through the autograd kernel.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+# --- the problem ------------------------------------------------------------------------------
+
+
+def problem_of(
+    inputs: Inputs,
+    feature_map: str,
+    is_causal: bool,
+    normalize: bool,
+    scale: float,
+    eps: float,
+    form: str,
+    return_state: bool,
+    needs_grad: bool,
+) -> Problem:
+    """The Problem that these (checked) arguments pose."""
+    query = inputs.query
+    arguments = (
+        *(query.shape, inputs.key.shape, inputs.value.shape[3], query.dtype, query.device.type),
+        *(feature_map, is_causal, normalize, scale, eps, form, inputs.key_mask is not None),
+        None if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1,
+        *(inputs.initial_S is not None, return_state, needs_grad),
+    )
+    try:
+        return _problem(*arguments)
+    except TypeError:  # sizes that torch.compile traces as symbols have no hash
+        return _problem.__wrapped__(*arguments)
+
+
+@lru_cache(maxsize=4096)
+def _problem(
+    query_shape: torch.Size,
+    key_shape: torch.Size,
+    value_dim: int,
+    dtype: torch.dtype,
+    device_type: str,
+    feature_map: str,
+    is_causal: bool,
+    normalize: bool,
+    scale: float,
+    eps: float,
+    form: str,
+    has_key_mask: bool,
+    num_sequences: int | None,
+    has_initial_state: bool,
+    return_state: bool,
+    needs_grad: bool,
+) -> Problem:
+    batch, num_heads, query_length, head_dim = query_shape
+    return Problem(
+        batch=batch,
+        num_heads=num_heads,
+        num_kv_heads=key_shape[1],
+        query_length=query_length,
+        key_length=key_shape[2],
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=dtype,
+        device_type=device_type,
+        feature_map=feature_map,
+        is_causal=is_causal,
+        normalize=normalize,
+        scale=scale,
+        eps=eps,
+        form=form,
+        has_key_mask=has_key_mask,
+        num_sequences=num_sequences,
+        has_initial_state=has_initial_state,
+        return_state=return_state,
+        needs_grad=needs_grad,
+    )
+
+
+def _check_contents(problem: Problem, inputs: Inputs) -> None:
+    """Reads cu_seqlens where that costs nothing; on a GPU it would stop the stream."""
+    cu_seqlens, cu_seqlens_k = inputs.cu_seqlens, inputs.cu_seqlens_k
+    if cu_seqlens is None or cu_seqlens_k is None or cu_seqlens.device.type != "cpu":
+        return
+    offsets = cu_seqlens.tolist()
+    check_offsets("cu_seqlens", offsets, problem.query_length)
+    if cu_seqlens_k is cu_seqlens:
+        return
+    offsets_k = cu_seqlens_k.tolist()
+    check_offsets("cu_seqlens_k", offsets_k, problem.key_length)
+    if problem.is_causal and offsets_k != offsets:
+        raise ValueError(
+            "is_causal=True needs as many queries as keys in every sequence, so cu_seqlens_k must "
+            f"equal cu_seqlens, {offsets}; got {offsets_k}"
+        )
+
+
+# --- forward ----------------------------------------------------------------------------------
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, options, backend = split_arguments(args)
+    problem = problem_of(inputs, *options)
+    if inputs.cu_seqlens is not None:
+        _check_contents(problem, inputs)
+    out, S, z, saved = backends.choose(problem, backend).forward(problem, inputs)
+    if S is None or z is None:
+        S, z = _nothing(saved), _nothing(saved)
+    return out, S, z, saved
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, options, backend = split_arguments(args)
+    p = problem_of(inputs, *options)
+    out = inputs.query.new_empty(p.batch, p.query_length, p.num_heads, p.value_dim)
+    saved_size = backends.choose(p, backend).saved_size(p)
+    saved = inputs.query.new_empty(saved_size, dtype=p.accumulator_dtype)
+    S, z = _nothing(saved), _nothing(saved)
+    if p.return_state:
+        leading = (p.state_batch, p.num_kv_heads, p.feature_dim)
+        S, z = saved.new_empty(*leading, p.value_dim), saved.new_empty(leading)
+    return out.transpose(1, 2), S, z, saved
+
+
+class _Forward(torch.autograd.Function):
+    """Ties the forward op to the backward op."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with below_autograd():
+            out, S, z, saved = forward_op(*args)
+        ctx.save_for_backward(saved, *args[:_NUM_INPUTS])
+        ctx.options = args[_NUM_INPUTS:]
+        ctx.shapes = out.shape, S.shape, z.shape
+        ctx.mark_non_differentiable(saved)
+        ctx.set_materialize_grads(False)
+        return out, S, z, saved
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_S: Tensor | None, grad_z: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        saved, *inputs = ctx.saved_tensors
+        out_shape, S_shape, z_shape = ctx.shapes
+        if grad_out is None:  # the loss depends on the state alone
+            grad_out = inputs[0].new_zeros(out_shape)
+        if grad_S is not None or grad_z is not None:
+            grad_S = saved.new_zeros(S_shape) if grad_S is None else grad_S
+            grad_z = saved.new_zeros(z_shape) if grad_z is None else grad_z
+        gradients = backward_op(saved, grad_out, grad_S, grad_z, *inputs, *ctx.options)
+        query, key, value, initial_S, initial_z = gradients
+        if inputs[-1] is None:
+            initial_S = initial_z = None
+        no_options = (None,) * len(ctx.options)
+        return query, key, value, None, None, None, initial_S, initial_z, *no_options
+
+
+def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _needs_grad(*args[:_NUM_INPUTS]):
+        return _Forward.apply(*args)
+    with below_autograd():
+        return forward_op(*args)
+
+
+# --- backward ---------------------------------------------------------------------------------
+
+
+def _backward(
+    saved: Tensor, grad_out: Tensor, grad_S: Tensor | None, grad_z: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    inputs, options, backend = split_arguments(args)
+    problem = problem_of(inputs, *options)
+    chosen = backends.choose(problem, backend)
+    gradients = chosen.backward(problem, inputs, saved, grad_out, grad_S, grad_z)
+    return tuple(_nothing(saved) if gradient is None else gradient for gradient in gradients)
+
+
+def _backward_fake(
+    saved: Tensor, grad_out: Tensor, grad_S: Tensor | None, grad_z: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    inputs, _, _ = split_arguments(args)
+    wanted = (inputs.query, inputs.key, inputs.value, inputs.initial_S, inputs.initial_z)
+    return tuple(_nothing(saved) if x is None else torch.empty_like(x) for x in wanted)
+
+
+class _Backward(torch.autograd.Function):
+    """The end of the chain: first derivatives only."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with below_autograd():
+            return backward_op(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            "linear_attention has first derivatives only: a gradient that went through it cannot "
+            "be differentiated again (no create_graph=True, gradient penalty or Hessian)"
+        )
+
+
+def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
+    if _needs_grad(*args[: 4 + _NUM_INPUTS]):
+        return _Backward.apply(*args)
+    with below_autograd():
+        return backward_op(*args)
+
+
+# --- step -------------------------------------------------------------------------------------
+
+
+def _step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    S: Tensor,
+    z: Tensor,
+    feature_map: str,
+    normalize: bool,
+    scale: float,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    inputs = Inputs(query, key, value, key_mask, None, None, S, z)
+    problem = problem_of(inputs, feature_map, True, normalize, scale, eps, "auto", False, False)
+    return backends.choose(problem, backend).step(problem, inputs)
+
+
+def _step_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[3]).transpose(1, 2)
+
+
+def split_arguments(args: tuple[Any, ...]) -> tuple[Inputs, tuple[Any, ...], str]:
+    """An op's arguments as (inputs, the options that problem_of takes, the backend's name)."""
+    return Inputs(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:-1], args[-1]
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+library.impl("forward", _forward, "CompositeExplicitAutograd")
+library.impl("backward", _backward, "CompositeExplicitAutograd")
+library.impl("step", _step, "CompositeExplicitAutograd")
+library.impl("forward", _forward_autograd, "Autograd")
+library.impl("backward", _backward_autograd, "Autograd")
+torch.library.register_fake("fastattn::forward", _forward_fake, lib=library)
+torch.library.register_fake("fastattn::backward", _backward_fake, lib=library)
+torch.library.register_fake("fastattn::step", _step_fake, lib=library)
