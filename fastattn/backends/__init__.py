@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -100,7 +100,7 @@ def names() -> list[str]:
     return list(_BACKENDS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> Backend | str:
     """The backend of that name, or the reason why this machine doesn't have it."""
     module, cls = _BACKENDS[name]
@@ -148,6 +148,6 @@ def _warn_slow(reasons: dict[str, str | None]) -> None:
     _warn_once(f"linear_attention runs on the slow reference backend, because {why}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)

@@ -19,6 +19,8 @@ from fastattn.ops.state import LinearAttentionState
 FeatureMapArgument = str | feature_maps.FeatureMap | Callable[[Tensor], Tensor]
 StateArgument = LinearAttentionState | tuple[Tensor, Tensor]
 
+_MAX_CHECKED_STEPS = 4096
+
 
 @overload
 def linear_attention(
@@ -219,6 +221,53 @@ def linear_attention_step(
     ``linear_attention(..., initial_state=state, return_state=True)``.
     """
     query, key, value, phi, scale = _prepare(query, key, value, feature_map, scale)
+    arguments = (
+        query,
+        key,
+        value,
+        state,
+        phi,
+        normalize,
+        scale,
+        key_mask,
+        enable_gqa,
+        eps,
+        backend,
+    )
+    if torch.compiler.is_compiling():
+        _check_step(*arguments)
+    else:
+        _check_step_once(*arguments)
+    S, z = state
+    if torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or S.requires_grad
+        or z.requires_grad
+    ):
+        raise ValueError(
+            "linear_attention_step has no gradient, because it overwrites the state; call it under "
+            "torch.no_grad(), or linear_attention(..., initial_state=state, return_state=True)"
+        )
+    return step_op(
+        query, key, value, key_mask, S, z, phi, normalize, float(scale), float(eps), backend
+    )
+
+
+def _check_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: StateArgument,
+    phi: str,
+    normalize: bool,
+    scale: float,
+    key_mask: Tensor | None,
+    enable_gqa: bool,
+    eps: float,
+    backend: str,
+) -> None:
     check.check_tensors(query, key, value, enable_gqa)
     check.check_options(phi, normalize, scale, eps, enable_gqa, backend)
     if query.shape[2] != 1 or key.shape[2] != 1:
@@ -231,37 +280,46 @@ def linear_attention_step(
     if key_mask is not None:
         check.check_key_mask(key_mask, key)
     _check_state("state", state, query.shape[0], key, value, phi)
-    S, z = state
-    if not (S.is_contiguous() and z.is_contiguous()):
+    if not (state[0].is_contiguous() and state[1].is_contiguous()):
         raise ValueError("state must be contiguous, because it is updated in place")
-    if torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or S.requires_grad
-        or z.requires_grad
-    ):
-        raise ValueError(
-            "linear_attention_step has no gradient, because it overwrites the state; call it under "
-            "torch.no_grad(), or linear_attention(..., initial_state=state, return_state=True)"
+
+
+_checked_steps: set[tuple[Any, ...]] = set()
+
+
+def _check_step_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: StateArgument,
+    phi: str,
+    normalize: bool,
+    scale: float,
+    key_mask: Tensor | None,
+    enable_gqa: bool,
+    eps: float,
+    backend: str,
+) -> None:
+    """Decoding repeats one call thousands of times: what has passed once is only recognised."""
+    try:
+        S, z = state
+        signature = (
+            *(query.shape, key.shape, value.shape, S.shape, z.shape, S.stride(), z.stride()),
+            *(query.dtype, key.dtype, value.dtype, S.dtype, z.dtype),
+            *(query.device, key.device, value.device, S.device, z.device),
+            *(phi, normalize, scale, enable_gqa, eps, backend),
         )
-    arguments = (
-        query,
-        key,
-        value,
-        key_mask,
-        S,
-        z,
-        phi,
-        normalize,
-        float(scale),
-        float(eps),
-        backend,
+        if key_mask is None and signature in _checked_steps:
+            return
+    except (AttributeError, TypeError, ValueError):
+        signature = None  # something is wrong: the checks say what
+    _check_step(
+        *(query, key, value, state, phi, normalize, scale, key_mask, enable_gqa, eps, backend)
     )
-    if torch.compiler.is_compiling():
-        return step_op(*arguments)
-    with below_autograd():
-        return step_op(*arguments)
+    if len(_checked_steps) >= _MAX_CHECKED_STEPS:
+        _checked_steps.clear()
+    if signature is not None:
+        _checked_steps.add(signature)
 
 
 def _prepare(

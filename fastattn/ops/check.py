@@ -6,6 +6,7 @@ contents, so nothing waits for a GPU; offsets that live on the CPU are read by `
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -188,7 +189,7 @@ def check_offsets(name: str, offsets: Sequence[int], tokens: int) -> None:
             f"{name} must start at 0 and end at the number of tokens, {tokens}; "
             f"got {offsets[0]} and {offsets[-1]}"
         )
-    if any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+    if any(a > b for a, b in itertools.pairwise(offsets)):
         raise ValueError(f"{name} must not decrease; got {list(offsets)}")
 
 

@@ -268,9 +268,33 @@ def _step(
     eps: float,
     backend: str,
 ) -> Tensor:
-    inputs = Inputs(query, key, value, key_mask, None, None, S, z)
-    problem = problem_of(inputs, feature_map, True, normalize, scale, eps, "auto", False, False)
-    return backends.choose(problem, backend).step(problem, inputs)
+    problem, chosen = _step_plan(
+        *(query.shape, key.shape, value.shape[3], query.dtype, query.device.type),
+        *(feature_map, normalize, scale, eps, key_mask is not None, backend),
+    )
+    return chosen.step(problem, Inputs(query, key, value, key_mask, None, None, S, z))
+
+
+@lru_cache(maxsize=4096)
+def _step_plan(
+    query_shape: torch.Size,
+    key_shape: torch.Size,
+    value_dim: int,
+    dtype: torch.dtype,
+    device_type: str,
+    feature_map: str,
+    normalize: bool,
+    scale: float,
+    eps: float,
+    has_key_mask: bool,
+    backend: str,
+) -> tuple[Problem, backends.Backend]:
+    """One look-up in place of two: decoding is where a microsecond counts."""
+    problem = _problem(
+        *(query_shape, key_shape, value_dim, dtype, device_type, feature_map, True),
+        *(normalize, scale, eps, "auto", has_key_mask, None, True, False, False),
+    )
+    return problem, backends.choose(problem, backend)
 
 
 def _step_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
