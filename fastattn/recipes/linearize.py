@@ -35,7 +35,7 @@ from fastattn.recipes.models import (
     position_limit,
 )
 from fastattn.recipes.run import Results, Run
-from fastattn.recipes.training import Settings, fit
+from fastattn.recipes.training import Settings, fit, without_dropout
 
 if TYPE_CHECKING:
     from datasets import Dataset

