@@ -27,6 +27,7 @@ _DTYPES = {
     torch.float64: "float64",
 }
 _MAX_DIM = 256
+_SEGMENT_TOKENS, _MAX_SEGMENTS = 1024, 64  # kSegmentTokens, kMaxSegments
 _RECURRENT_TOKENS = 4  # up to here one token after another beats a chunk's set-up (measured)
 
 
@@ -135,7 +136,22 @@ class CPUBackend:
         return f"{kind} {form} ({_native.active_isa()})"
 
     def saved_size(self, problem: Problem) -> int:
-        return int(_native_problem(problem).saved_size())
+        """As in csrc/cpu/segments.h, but in arithmetic that torch.compile follows through symbols:
+        asking the native library would pin the length and compile again for every new one."""
+        if not problem.needs_grad:
+            return 0
+        F, M = problem.feature_dim, problem.key_length
+        state_size = F * (problem.value_dim + 1)
+        if not problem.is_causal:
+            statistics = 2 * F if problem.feature_map == "efficient" else 0
+            return problem.state_batch * problem.num_kv_heads * (state_size + statistics)
+        if problem.num_sequences is not None:
+            anchors = M // _SEGMENT_TOKENS
+        else:
+            share = (M + _MAX_SEGMENTS - 1) // _MAX_SEGMENTS
+            length = torch.sym_max(_SEGMENT_TOKENS, (share + 63) // 64 * 64)
+            anchors = problem.batch * torch.sym_max((M - 1) // length, 0)
+        return anchors * problem.num_kv_heads * state_size
 
     def forward(self, problem: Problem, inputs: Inputs) -> Outputs:
         inputs = _dense(inputs)

@@ -31,6 +31,7 @@ _OPTIONS = (
     "bool return_state, bool needs_grad, str backend"
 )
 _NUM_INPUTS = len(Inputs._fields)
+_RETURN_STATE = -3  # its place among the arguments
 
 library = torch.library.Library("fastattn", "DEF")
 library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor S, Tensor z, Tensor saved)")
@@ -178,7 +179,8 @@ class _Forward(torch.autograd.Function):
         ctx.save_for_backward(saved, *args[:_NUM_INPUTS])
         ctx.options = args[_NUM_INPUTS:]
         ctx.shapes = out.shape, S.shape, z.shape
-        ctx.mark_non_differentiable(saved)
+        return_state = args[_RETURN_STATE]
+        ctx.mark_non_differentiable(*([saved] if return_state else [saved, S, z]))
         ctx.set_materialize_grads(False)
         return out, S, z, saved
 
