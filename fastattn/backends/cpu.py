@@ -151,7 +151,8 @@ class CPUBackend:
             share = (M + _MAX_SEGMENTS - 1) // _MAX_SEGMENTS
             length = torch.sym_max(_SEGMENT_TOKENS, (share + 63) // 64 * 64)
             anchors = problem.batch * torch.sym_max((M - 1) // length, 0)
-        return anchors * problem.num_kv_heads * state_size
+        # Two elements too many: a size that may be 0 or 1 is one that torch.export specialises on.
+        return anchors * problem.num_kv_heads * state_size + 2
 
     def forward(self, problem: Problem, inputs: Inputs) -> Outputs:
         inputs = _dense(inputs)
@@ -166,7 +167,7 @@ class CPUBackend:
             heads = (problem.state_batch, problem.num_kv_heads, problem.feature_dim)
             S = torch.empty((*heads, problem.value_dim), dtype=sums)
             z = torch.empty(heads, dtype=sums)
-        saved = torch.empty(native.saved_size(), dtype=sums)
+        saved = torch.empty(self.saved_size(problem), dtype=sums)
         numbers = (*_inputs(inputs), *_strided(out), *_state(S, z), saved.data_ptr())
         _native.forward(native, numbers, torch.get_num_threads())
         return Outputs(out, S, z, saved)
