@@ -1,0 +1,66 @@
+"""Fixtures that every test may use: a backend by name, a seed that a failure prints, poison."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # helpers import as tests.<folder>.<module>
+
+from fastattn import backends
+
+BACKENDS = ["reference", "cpu"]
+
+
+def require_backend(name: str) -> None:
+    """Fails where the backend should be there and isn't; skips where it can't be."""
+    loaded = backends.load(name)
+    if not isinstance(loaded, str):
+        return
+    if name == "cpu" and not (
+        shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    ):
+        pytest.skip("no C++ compiler, so there is no native library")
+    pytest.fail(f"backend {name!r} is missing: {loaded}")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Runs the test once for each backend."""
+    require_backend(request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def seed() -> int:
+    """Fresh on every run; a failure shows it, and FASTATTN_TEST_SEED repeats it."""
+    given = os.environ.get("FASTATTN_TEST_SEED")
+    value = int(given) if given else random.SystemRandom().randrange(2**31)
+    sys.stdout.write(f"FASTATTN_TEST_SEED={value}\n")  # pytest shows it if the test fails
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Memory that torch hands out uninitialised is full of NaN, so what a kernel forgets shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Lets a test change the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
