@@ -1,0 +1,82 @@
+"""``python -m bench``: measures, prints tables, writes JSON and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from bench import cases, floors, limits, machine, memory, peers, plots, report, runner
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a first look in about two minutes")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their name")
+    parser.add_argument("--list", action="store_true", help="list the cases and stop")
+    parser.add_argument("--backend", default="auto", help="fastattn's backend [default: auto]")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for DEVICE.json and DEVICE.png [default: bench/results, which README and docs "
+        "are written from; with --quick or --only out/bench]",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    selected = [c for c in (cases.quick if args.quick else cases.full)() if args.only in c.name]
+    if not selected:
+        sys.exit(f"no case has {args.only!r} in its name; see --list")
+    if args.list:
+        for case in selected:
+            console.print(case.name, highlight=False)
+        return 0
+    torch.set_num_threads(args.threads)
+    settings = peers.Settings(torch.device(args.device), args.backend, not args.no_compile)
+    effort = runner.QUICK if args.quick else runner.Effort()
+    bounds = limits.measure(args.threads)
+    measured = []
+    for case in selected:
+        measured.append(runner.measure(case, settings, effort, bounds))
+        report.print_case(measured[-1], console)
+    figures = []
+    if not args.no_memory and not args.only:
+        for case in memory.CASES:
+            for name in memory.CONTESTANTS:
+                figures.append(memory.measure(case, name, args.backend, args.threads))
+    result = {
+        "machine": machine.describe(args.threads),
+        "limits": asdict(bounds),
+        "settings": {"quick": args.quick, "backend": args.backend, **asdict(effort)},
+        "cases": measured,
+        "memory": figures,
+    }
+    result["floors"] = floors.check(result)
+    report.print_report(result, console)
+    partial = args.quick or args.only
+    folder = args.output or (ROOT / "out" / "bench" if partial else ROOT / "bench" / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{args.device}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    plots.draw(result, path.with_suffix(".png"))
+    console.print(f"wrote {path} and {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
+    ours = [case["contestants"][peers.OURS]["status"] for case in measured]
+    return 0 if all(status == "timed" for status in ours) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
