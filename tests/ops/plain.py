@@ -88,8 +88,8 @@ def _causal(
     phi_q: Tensor, phi_k: Tensor, value: Tensor, S: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor]:
     nums, dens = [phi_q[..., :0, :] @ S], [phi_q[..., :0, :1]]
-    for start in range(0, phi_q.shape[-2], CHUNK):
-        q, k, v = (x[..., start : start + CHUNK, :] for x in (phi_q, phi_k, value))
+    chunks = (x.split(CHUNK, -2) for x in (phi_q, phi_k, value))
+    for q, k, v in zip(*chunks, strict=True):
         scores = (q @ k.mT).tril()
         nums.append(scores @ v + q @ S)
         dens.append(scores.sum(-1, keepdim=True) + q @ z[..., None])
