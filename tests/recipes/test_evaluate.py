@@ -1,0 +1,62 @@
+"""Scores agree with scikit-learn; predictions come in the order of the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from fastattn.recipes.data import find_files, load_task, tokenize
+from fastattn.recipes.evaluate import batches_by_length, evaluate, matthews, predict
+from fastattn.recipes.training import Collator, model_inputs
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_matthews_agrees_with_scikit_learn(classes: int) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    torch.manual_seed(0)
+    labels = torch.randint(classes, (200,))
+    predicted = torch.where(torch.rand(200) < 0.5, labels, torch.randint(classes, (200,)))
+    expected = metrics.matthews_corrcoef(labels.numpy(), predicted.numpy())
+    assert matthews(predicted, labels, classes) == pytest.approx(expected, abs=1e-12)
+
+
+def test_matthews_of_known_tables() -> None:
+    labels = torch.tensor([0, 0, 1, 1])
+    assert matthews(labels, labels, 2) == pytest.approx(1.0)
+    assert matthews(1 - labels, labels, 2) == pytest.approx(-1.0)
+    assert matthews(torch.zeros(4, dtype=torch.long), labels, 2) == 0.0
+    # TP 1, TN 2, FP 0, FN 1: 2 / sqrt(1 * 2 * 2 * 3)
+    assert matthews(torch.tensor([0, 0, 0, 1]), labels, 2) == pytest.approx(2 / 12**0.5)
+
+
+def test_evaluate() -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    scores = evaluate(logits, torch.tensor([0, 1, 1]))
+    assert scores.rows == 3 and scores.accuracy == pytest.approx(2 / 3)
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 1]))
+    assert scores.loss == pytest.approx(float(expected))
+
+
+def test_batches_hold_all_rows_within_the_budget() -> None:
+    lengths = [3, 50, 7, 7, 120, 9, 1]
+    batches = batches_by_length(lengths, tokens=100)
+    assert sorted(row for batch in batches for row in batch) == list(range(7))
+    assert batches[0] == [4]  # longer than the budget: alone
+    for batch in batches[1:]:
+        assert len(batch) * max(lengths[row] for row in batch) <= 100
+
+
+def test_predictions_come_in_the_order_of_the_rows(classifier: Path, data: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    model = AutoModelForSequenceClassification.from_pretrained(classifier).train()
+    tokens = tokenize(load_task(*find_files(data)).dev, tokenizer, 32)
+    logits = predict(model, tokens, tokenizer)
+    assert model.training  # as it was
+    model.eval()
+    for row in (0, 5, 17):
+        with torch.no_grad():
+            alone = model(**model_inputs(Collator(tokenizer)([tokens[row]]))).logits[0]
+        torch.testing.assert_close(logits[row], alone, atol=1e-5, rtol=1e-4)
