@@ -47,7 +47,7 @@ def main() -> None:
     tokenizer = load_tokenizer(encoder)
     lengths = [len(ids) for ids in tokenizer([t.text for t in texts["train"]])["input_ids"]]
     share = sum(length > 512 for length in lengths) / len(lengths)
-    console.print(f"{harvest.describe(texts)}; {share:.0%} of them beyond 512 tokens: {data}")
+    say(f"{harvest.describe(texts)}; {share:.0%} of them beyond 512 tokens: {data}")
 
     console.rule("2. Softmax to linear attention, and back to its accuracy")
     output = options.output / "model"
@@ -55,10 +55,18 @@ def main() -> None:
         model=encoder,
         train=data / "train.jsonl",
         dev=data / "dev.jsonl",
+        max_length=256,  # the encoder's own training length
+        fine_tune_rate=2e-4,
+        fine_tune_epochs=2,
+        transfer_epochs=1,
+        distill_epochs=1,
         bf16=has_bf16(),
         lengths=(128, 256, 512, 1024, 2048, 4096, 8192),
     )
-    console.print(f"fastattn linearize --model {encoder} --data {data} --output {output}")
+    say(
+        f"fastattn linearize --model {encoder} --data {data} --output {output} "
+        f"--fine-tune-epochs 2 --transfer-epochs 1 --distill-epochs 1"
+    )
     report = linearize(arguments, output, options.restart)
     write_json(report, output / "report.json")
     plot(report, output / "report.png")
@@ -74,8 +82,12 @@ def main() -> None:
         ("report", output / "report.json"),
         ("plot", output / "report.png"),
     ):
-        console.print(f"{what + ':':15}{where}", highlight=False)
-    console.print(f"{(time.monotonic() - start) / 60:.1f} minutes")
+        say(f"{what + ':':15}{where}")
+    say(f"{(time.monotonic() - start) / 60:.1f} minutes")
+
+
+def say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def encoder_folder() -> Path:
@@ -101,7 +113,7 @@ def check_reload(folder: Path, text: str) -> None:
         before, after = model(**inputs).logits, reloaded(**inputs).logits
     assert torch.equal(before, after), "a saved and loaded model gave other outputs"
     label = model.config.id2label[int(after.argmax())]
-    console.print(f"saved, loaded, and equal in every bit; it says {label!r} of a dev text")
+    say(f"saved, loaded, and equal in every bit; it says {label!r} of a dev text")
 
 
 if __name__ == "__main__":

@@ -120,9 +120,8 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     drop = [name for name in dataset.column_names if name != "label"]
-    tokens = dataset.map(
-        encode, batched=True, remove_columns=drop, keep_in_memory=True, desc="Tokenizing"
-    )
+    with _quiet():
+        tokens = dataset.map(encode, batched=True, remove_columns=drop, keep_in_memory=True)
     return tokens.add_column("row", list(range(len(tokens))))
 
 

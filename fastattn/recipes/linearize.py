@@ -25,6 +25,7 @@ from fastattn.recipes.errors import ModelError
 from fastattn.recipes.evaluate import evaluate, predict
 from fastattn.recipes.losses import distillation_loss, task_loss
 from fastattn.recipes.models import (
+    check_supported,
     is_fine_tuned,
     is_linear,
     load_config,
@@ -45,7 +46,8 @@ CHECKPOINTS = "checkpoints"
 TOKENS_PER_STEP = 4096
 TASK_WEIGHT = 0.5
 TEMPERATURE = 2.0
-FEATURE_MAP_RATE = 10.0
+FEATURE_MAP_RATE = 10.0  # times the learning rate of the other weights
+NEW_HEAD_RATE = 10.0  # the same: it starts from noise
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class Arguments:
     transfer_epochs: float = 2
     distill_epochs: float = 2
     fine_tune_rate: float = 1e-4
-    transfer_rate: float = 1e-2
-    distill_rate: float = 5e-5
+    transfer_rate: float = 2e-2
+    distill_rate: float = 7e-5
     batch_size: int | None = None
     bf16: bool = False
     seed: int = 0
@@ -97,6 +99,7 @@ def linearize(arguments: Arguments, output: Path, restart: bool = False) -> dict
     """
     config = load_config(arguments.model)
     arguments, fine_tune = _settle(arguments, config)
+    check_supported(config, arguments.feature_map, arguments.layers)
     labels = None if fine_tune else output_labels(config)
     task = load_task(arguments.train, arguments.dev, labels)
     task = limit_train(task, arguments.train_limit, arguments.seed)
@@ -144,6 +147,7 @@ class _Job:
                 settings,
                 folder / CHECKPOINTS,
                 "Fine-tuning softmax",
+                {"classifier": NEW_HEAD_RATE},
             )
         else:
             model = load_model(args.model)
@@ -153,7 +157,6 @@ class _Job:
 
     def transfer(self, folder: Path) -> Results:
         import fastattn
-        from fastattn.models.transfer import attention_transfer
 
         args = self.arguments
         model = load_model(self.stage_folder("softmax"))
@@ -163,24 +166,34 @@ class _Job:
         results: Results = {
             "swapped": self.scores(model, args.student_length, "Evaluating the bare swap")
         }
-        train = self.tokens("train", args.student_length)
-        settings = self.settings(args.transfer_epochs, args.transfer_rate, train)
-        if args.transfer_epochs:
-            with attention_transfer(model) as loss:
-                results["train_loss"] = fit(
-                    model,
-                    train,
-                    self.tokenizer,
-                    loss,
-                    settings,
-                    folder / CHECKPOINTS,
-                    "Matching softmax attention",
-                )
+        if args.transfer_epochs and self._fit_feature_maps(model, folder, results):
             results["transferred"] = self.scores(
                 model, args.student_length, "Evaluating the matched swap"
             )
         self.save(model, folder)
         return results
+
+    def _fit_feature_maps(self, model: PreTrainedModel, folder: Path, results: Results) -> bool:
+        """Attention transfer; False if the feature map has nothing to learn."""
+        from fastattn.models.transfer import attention_transfer
+
+        train = self.tokens("train", self.arguments.student_length)
+        settings = self.settings(
+            self.arguments.transfer_epochs, self.arguments.transfer_rate, train
+        )
+        with attention_transfer(model) as loss, without_dropout(model):
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                return False
+            results["train_loss"] = fit(
+                model,
+                train,
+                self.tokenizer,
+                loss,
+                replace(settings, weight_decay=0.0),
+                folder / CHECKPOINTS,
+                "Matching softmax attention",
+            )
+        return True
 
     def distill(self, folder: Path) -> Results:
         args = self.arguments
@@ -196,16 +209,17 @@ class _Job:
                 teacher_logits, task_weight=TASK_WEIGHT, temperature=TEMPERATURE
             )
             settings = self.settings(args.distill_epochs, args.distill_rate, train)
-            results["train_loss"] = fit(
-                model,
-                train,
-                self.tokenizer,
-                loss,
-                settings,
-                folder / CHECKPOINTS,
-                "Distilling",
-                {"feature_map": FEATURE_MAP_RATE},
-            )
+            with without_dropout(model):
+                results["train_loss"] = fit(
+                    model,
+                    train,
+                    self.tokenizer,
+                    loss,
+                    settings,
+                    folder / CHECKPOINTS,
+                    "Distilling",
+                    {"feature_map": FEATURE_MAP_RATE},
+                )
         results["linear"] = self.scores(model, args.student_length, "Evaluating the linear model")
         self.save(model, folder)
         self.save(model, self.output)

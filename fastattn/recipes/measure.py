@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from fastattn.recipes.models import load_model, position_limit
 from fastattn.recipes.progress import progress
@@ -72,6 +73,7 @@ def _measure_point(
     name: str, path: Path, length: int, longest: int, batch: int, bf16: bool, threads: int
 ) -> Point:
     torch.set_num_threads(threads)
+    transformers.logging.disable_progress_bar()
     model = load_model(path).eval()
     limit = position_limit(model)
     if limit is not None and limit < longest:

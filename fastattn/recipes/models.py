@@ -5,9 +5,11 @@ Everything that can be wrong with a model is found from its ``config.json`` befo
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -56,6 +58,24 @@ def load_model(path: Path, **options: Any) -> PreTrainedModel:
         )
     except (ValueError, OSError) as error:
         raise ModelError(f"can't load the model in {path}: {error}") from error
+
+
+def check_supported(
+    config: PretrainedConfig, feature_map: str, layers: tuple[int, ...] | None
+) -> None:
+    """Try the conversion on a model without memory, so that what can't be done is said at once.
+
+    Raises:
+        ModelError: no classifier of this kind, no linear attention for it, or no such layer.
+    """
+    import fastattn
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
+            fastattn.linearize(model, feature_map=feature_map, layers=layers)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(f"this model can't be made linear: {error}") from error
 
 
 def is_linear(config: PretrainedConfig) -> bool:

@@ -15,11 +15,12 @@ FILLERS = ["the", "a", "film", "plot", "actor", "scene", "was", "is", "and", "wi
 POSITIONS = 64
 
 
-def make_model(folder: Path, *, labels: list[str] | None = None, positions: int = POSITIONS) -> Path:
+def make_model(
+    folder: Path, *, labels: list[str] | None = None, positions: int = POSITIONS
+) -> Path:
     """Save a randomly initialised model with its tokenizer; with a head if ``labels`` is given."""
     import torch
-    from transformers import BertConfig, BertForSequenceClassification, BertModel
-    from transformers import BertTokenizerFast
+    from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLERS, *WORDS["good"], *WORDS["bad"]]

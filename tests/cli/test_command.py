@@ -1,0 +1,114 @@
+"""The command as a user runs it: files, tables, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
+from fastattn.cli.app import app
+from fastattn.cli.linearize import numbers
+
+ROOT = Path(__file__).parents[2]
+FEW = ("--epochs", "0.5", "--no-bf16", "--threads", "1", "--lengths", "16,32")
+
+
+def run(*arguments: object):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_info_shows_backends_and_choices() -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    for word in ("cpu", "reference", "float32", "bfloat16", "threads"):
+        assert word in result.stdout
+
+
+def test_info_json() -> None:
+    report = json.loads(run("info", "--json").stdout)
+    assert report["backends"]["reference"] == {"available": True, "reason": None}
+    assert set(report["versions"]) >= {"torch", "transformers"}
+    for answers in report["calls"].values():
+        for answer in answers.values():
+            assert answer["backend"] in report["backends"]
+            assert answer["kernel"]
+
+
+def test_linearize_leaves_model_report_and_plot(encoder: Path, data: Path, tmp_path: Path) -> None:
+    """In a process of its own, as a user starts it; then the same command again."""
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "fastattn.cli", "linearize", "--model", encoder]
+    command += ["--data", data, "--output", output, *FEW]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    for attempt in ("first", "again"):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("Fine-tuning" in done.stderr) == (attempt == "first")
+        for word in ("softmax attention, fine-tuned", "after distillation", "faster"):
+            assert word in done.stdout
+    report = json.loads((output / "report.json").read_text())
+    assert set(report) == {
+        "machine", "arguments", "data", "models", "seconds", "measurements",
+    }  # fmt: skip
+    for scores in report["models"].values():
+        assert set(scores) == {"rows", "accuracy", "matthews", "loss", "max_length"}
+    for point in report["measurements"]:
+        assert set(point) == {"name", "length", "batch", "seconds", "peak_bytes"}
+    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "config.json").is_file() and (output / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({"--data": "gone"}, 3, "gone is not a folder"),
+        ({"--train": "bad.tsv"}, 3, "no column 'text'"),
+        ({"--dev": "other.tsv"}, 3, "unknown label 'maybe'"),
+        ({"--model": "gone"}, 4, "does not exist"),
+        ({"--model": "mpnet"}, 4, "not supported"),
+        ({"--max-length": "999"}, 4, "positions"),
+        ({"--layers": "7"}, 4, "layers"),
+        ({"--output": "full"}, 5, "not empty"),
+        ({"--output": "bad.tsv/out"}, 5, "can't write"),
+        ({"--feature-map": "magic"}, 2, "hedgehog"),
+        ({"--layers": "a-b"}, 2, "no list of numbers"),
+        ({"--epochs": "-1"}, 2, "--epochs"),
+    ],
+)
+def test_errors(
+    encoder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, str], code: int, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.tsv").write_text("sentence\tlabel\na\tgood\nb\tbad\n")
+    (tmp_path / "other.tsv").write_text("text\tlabel\na\tmaybe\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    (tmp_path / "mpnet").mkdir()
+    (tmp_path / "mpnet" / "config.json").write_text('{"model_type": "mpnet"}')
+    options = {"--model": encoder, "--data": data, "--output": "out", **change}
+    result = run("linearize", *(part for option in options.items() for part in option), *FEW[2:])
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_the_exit_codes() -> None:
+    assert "5 the output folder" in " ".join(run("linearize", "--help").stdout.split())
+
+
+def test_numbers() -> None:
+    assert numbers("0,2-4, 9", "--layers") == (0, 2, 3, 4, 9)
+    assert numbers(None, "--layers") == numbers("", "--layers") == ()

@@ -1,0 +1,182 @@
+"""A whole run on a tiny model: what it leaves, how it goes on, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+import fastattn
+from fastattn.recipes import linearize as recipe
+from fastattn.recipes.data import find_files
+from fastattn.recipes.errors import DataError, ModelError, OutputError
+from fastattn.recipes.linearize import Arguments, linearize
+from fastattn.recipes.models import is_linear, load_config, load_model, load_tokenizer
+from fastattn.recipes.report import plot, write_json
+
+
+@pytest.fixture(scope="module")
+def arguments(encoder: Path, data: Path) -> Arguments:
+    train, dev = find_files(data)
+    return Arguments(
+        model=encoder,
+        train=train,
+        dev=dev,
+        fine_tune_epochs=8,
+        fine_tune_rate=3e-3,
+        transfer_epochs=1,
+        distill_epochs=2,
+        batch_size=16,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finished") / "out"
+    report = linearize(arguments, output)
+    write_json(report, output / "report.json")
+    return output
+
+
+def report_of(output: Path) -> dict:
+    return json.loads((output / "report.json").read_text())
+
+
+def test_accuracy_comes_back(finished: Path) -> None:
+    models = report_of(finished)["models"]
+    assert list(models) == ["softmax", "swapped", "transferred", "linear"]
+    assert models["softmax"]["accuracy"] > 0.85
+    assert models["linear"]["accuracy"] > models["softmax"]["accuracy"] - 0.1
+
+
+def test_saved_model_is_linear_and_gives_the_reported_accuracy(finished: Path, data: Path) -> None:
+    assert is_linear(load_config(finished))
+    model, tokenizer = fastattn.load(finished), load_tokenizer(finished)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    rows = [json.loads(line) for line in (data / "dev.jsonl").read_text().splitlines()]
+    inputs = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        said = model.eval()(**inputs).logits.argmax(-1).tolist()
+    right = sum(model.config.id2label[i] == row["label"] for i, row in zip(said, rows, strict=True))
+    assert right / len(rows) == report_of(finished)["models"]["linear"]["accuracy"]
+
+
+def test_teacher_is_a_plain_model(finished: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(finished / "run" / "softmax")
+    assert not is_linear(model.config)
+
+
+def test_checkpoints_of_stages_are_cleared(finished: Path) -> None:
+    assert not list(finished.rglob("checkpoints"))
+
+
+def test_same_seed_same_model(arguments: Arguments, finished: Path, tmp_path: Path) -> None:
+    linearize(arguments, tmp_path / "again")
+    one, two = load_model(finished).state_dict(), load_model(tmp_path / "again").state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_interrupted_run_goes_on_from_its_last_stage(
+    arguments: Arguments, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "distillation_loss", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            linearize(arguments, output)
+    record = json.loads((output / "run" / "run.json").read_text())
+    assert list(record["stages"]) == ["softmax", "transfer"]
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "new_classifier", interrupt)  # nothing is fine-tuned again
+        report = linearize(arguments, output)
+    assert report["models"] == report_of(finished)["models"]
+    with pytest.raises(OutputError, match="seed was 0, now 1"):
+        linearize(replace(arguments, seed=1), output)
+
+
+def test_fine_tuned_model_is_taken_as_it_is(
+    classifier: Path, arguments: Arguments, tmp_path: Path
+) -> None:
+    given = replace(arguments, model=classifier, transfer_epochs=0, distill_epochs=0)
+    report = linearize(given, tmp_path / "out")
+    before = AutoModelForSequenceClassification.from_pretrained(classifier).state_dict()
+    after = load_model(tmp_path / "out" / "run" / "softmax").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert report["data"]["labels"] == ["good", "bad"]  # in the model's order
+    assert list(report["models"]) == ["softmax", "swapped", "linear"]
+
+
+def test_linear_model_reads_more_than_the_softmax_model_can(
+    classifier: Path, arguments: Arguments, tmp_path: Path
+) -> None:
+    given = replace(arguments, model=classifier, extend_to=96, max_length=32, distill_epochs=1)
+    report = linearize(given, tmp_path / "out")
+    assert report["models"]["softmax"]["max_length"] == 32
+    assert report["models"]["linear"]["max_length"] == 96
+    model = fastattn.load(tmp_path / "out")
+    ids = torch.randint(5, 20, (1, 96))
+    assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_chosen_layers_and_a_map_without_parameters(
+    classifier: Path, arguments: Arguments, tmp_path: Path
+) -> None:
+    given = replace(arguments, model=classifier, layers=(1,), feature_map="elu", distill_epochs=1)
+    linearize(given, tmp_path / "out")
+    assert is_linear(load_config(tmp_path / "out"))
+
+
+def test_refused_before_any_training(
+    arguments: Arguments, classifier: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ModelError, match="does not exist"):
+        linearize(replace(arguments, model=tmp_path / "gone"), out)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="no config.json"):
+        linearize(replace(arguments, model=tmp_path / "empty"), out)
+    with pytest.raises(ModelError, match="has linear attention already"):
+        linearize(replace(arguments, model=finished), out)
+    with pytest.raises(ModelError, match="leave out --no-fine-tune"):
+        linearize(replace(arguments, fine_tune=False), out)
+    with pytest.raises(ModelError, match="more than the 64 positions"):
+        linearize(replace(arguments, max_length=100), out)
+    with pytest.raises(ModelError, match="feature_map"):
+        linearize(replace(arguments, feature_map="nonsense"), out)
+    with pytest.raises(ModelError, match="layers"):
+        linearize(replace(arguments, layers=(0, 2)), out)
+    other = tmp_path / "dev.jsonl"
+    other.write_text('{"text": "a", "label": "so-so"}\n')
+    with pytest.raises(DataError, match="unknown label 'so-so'"):
+        linearize(replace(arguments, dev=other), out)
+    assert not out.exists()
+
+
+def test_unsupported_model(arguments: Arguments, tmp_path: Path) -> None:
+    BertConfig(is_decoder=True).save_pretrained(tmp_path / "decoder")
+    (tmp_path / "mpnet").mkdir()
+    (tmp_path / "mpnet" / "config.json").write_text('{"model_type": "mpnet"}')
+    for name in ("decoder", "mpnet"):
+        with pytest.raises(ModelError, match="support"):
+            linearize(replace(arguments, model=tmp_path / name), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_plot_and_points(arguments: Arguments, finished: Path, tmp_path: Path) -> None:
+    from fastattn.recipes.measure import measure
+
+    models = {"softmax": finished / "run" / "softmax", "linear": finished}
+    points = measure(models, (32, 128), threads=1)  # 128 is beyond the model's 64 positions
+    assert [(p["name"], p["length"]) for p in points] == [
+        ("softmax", 32), ("softmax", 128), ("linear", 32), ("linear", 128),
+    ]  # fmt: skip
+    assert all(p["seconds"] > 0 and (p["peak_bytes"] or 1) > 0 for p in points)
+    plot({**report_of(finished), "measurements": points}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
