@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -159,12 +159,12 @@ def linearize(
         if threads:
             torch.set_num_threads(threads)
         train_file, dev_file = find_files(data, train, dev)
-        own_epochs = {
+        own_epochs: dict[str, float | None] = {
             "fine_tune_epochs": fine_tune_epochs,
             "transfer_epochs": transfer_epochs,
             "distill_epochs": distill_epochs,
         }
-        chosen_epochs = {
+        chosen_epochs: dict[str, Any] = {
             name: epochs if own is None else own
             for name, own in own_epochs.items()
             if own is not None or epochs is not None
@@ -216,6 +216,5 @@ def has_bf16() -> bool:
     """Whether bfloat16 is faster than float32 here: AVX512-BF16 or AMX, or a GPU with it."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported()
+    on_gpu = torch.cuda.is_available()
+    return bool(torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported())

@@ -33,14 +33,18 @@ def load_config(path: Path) -> PretrainedConfig:
         there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise ModelError(f"{path} has no config.json, so it is no Hugging Face model; has {there}")
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+        return config
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"can't read {path}/config.json: {error}") from error
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True
+        )
+        return tokenizer
     except Exception as error:  # each tokenizer class raises its own kind
         raise ModelError(f"can't load the tokenizer in {path}: {error}") from error
 
@@ -50,12 +54,15 @@ def load_model(path: Path, **options: Any) -> PreTrainedModel:
     import fastattn
 
     config = load_config(path)
+    model: PreTrainedModel
     try:
         if is_linear(config):
-            return fastattn.load(path)
-        return AutoModelForSequenceClassification.from_pretrained(
-            path, local_files_only=True, **options
-        )
+            model = fastattn.load(path)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                path, local_files_only=True, **options
+            )
+        return model
     except (ValueError, OSError) as error:
         raise ModelError(f"can't load the model in {path}: {error}") from error
 
@@ -88,7 +95,7 @@ def is_fine_tuned(config: PretrainedConfig) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
-def output_labels(config: PretrainedConfig) -> tuple[str, ...]:
+def output_labels(config: Any) -> tuple[str, ...]:
     """Names of a fine-tuned model's outputs, in order; LABEL_0, ... stand for 0, ..."""
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     if all(name == f"LABEL_{i}" for i, name in enumerate(names)):
@@ -99,7 +106,7 @@ def output_labels(config: PretrainedConfig) -> tuple[str, ...]:
 def new_classifier(path: Path, task: Task) -> PreTrainedModel:
     """The encoder in ``path`` with a new head for the labels of ``task``."""
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
             path,
             local_files_only=True,
             num_labels=len(task.labels),
@@ -108,6 +115,7 @@ def new_classifier(path: Path, task: Task) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # another task's head has other sizes
             **no_attention_dropout(load_config(path)),
         )
+        return model
     except (ValueError, OSError) as error:
         raise ModelError(f"can't load the model in {path}: {error}") from error
 

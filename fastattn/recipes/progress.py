@@ -56,7 +56,9 @@ def _bar(description: str, total: int, console: Console) -> Iterator[Advance]:
         task = bar.add_task(description, total=total, note="")
 
         def advance(count: int = 1, note: str = "") -> None:
-            bar.update(task, advance=count, **({"note": note} if note else {}))
+            bar.advance(task, count)
+            if note:
+                bar.update(task, note=note)
 
         yield advance
 

@@ -196,12 +196,14 @@ class _Trainer(Trainer):
         return loss
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        lengths = self.train_dataset["length"][:]
+        train_dataset = train_dataset if train_dataset is not None else self.train_dataset
+        lengths: list[int] = train_dataset["length"][:] if train_dataset is not None else []
         return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         rate, decay = self.args.learning_rate, self.args.weight_decay
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        assert self.model is not None
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 factors = [f for part, f in self._learning_rates.items() if part in name]
