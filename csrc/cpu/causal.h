@@ -30,120 +30,114 @@ class Causal : private Call<Real> {
   using Base = Call<Real>;
   using typename Base::Buffer;
   using Base::a_, Base::n_, Base::p_, Base::phi_;
-  using Base::divides, Base::head, Base::heads, Base::mask_at, Base::state_at, Base::state_stride;
-  using Base::for_heads, Base::for_key_segments;
+  using Base::divides, Base::head, Base::heads, Base::mask_at;
+  using Base::for_head_blocks, Base::for_heads, Base::for_key_segments;
 
  public:
   Causal(const Problem& problem, const Arguments& args) : Base(problem, args) {}
 
   void forward() {
     if (Base::whole_heads()) {
-      for_heads([&](const Sequence& s, int64_t h) {
+      const int64_t per_head = 2 * n_.state_stride() + 2 * kChunk * (n_.feature_width + n_.value_width);
+      for_head_blocks(Base::heads_together(per_head), [&](const Sequence& s, HeadBlock block) {
         Scratch scratch;
-        const auto start = n_.take_state(scratch), local = n_.take_state(scratch);
-        const ForwardTile tile(n_, scratch);
-        n_.read(a_.initial, head(s, h), start);
+        const auto starts = n_.take_states(scratch, block.size());
+        const auto locals = n_.take_states(scratch, block.size());
+        const ForwardTile tile(*this, block.size(), scratch);
+        for (int64_t h = block.begin; h < block.end; ++h)
+          n_.read(a_.initial, head(s, h), starts[h - block.begin]);
         for (int64_t i = 0; i < s.keys.count; ++i) {
-          save(s, h, i, start);
-          n_.clear(local);
-          for_chunks(s, i, [&](int64_t t, int64_t rows) {
-            load_keys(s, h, t, rows, tile);
-            emit(s, h, t, rows, start, local, tile);
-            accumulate(rows, local, tile);
-          });
-          n_.merge(start, local);
+          emit_segment(s, block, i, starts, locals, tile);
+          for (int64_t h = 0; h < block.size(); ++h) n_.merge(starts[h], locals[h]);
         }
-        n_.write(a_.final, head(s, h), start);
+        for (int64_t h = block.begin; h < block.end; ++h)
+          n_.write(a_.final, head(s, h), starts[h - block.begin]);
       });
       return;
     }
     // Few heads: segment sums in parallel, an exclusive fold, then the outputs in parallel.
     const int64_t most = Base::most_segments();
-    Buffer states(heads() * most * state_stride());
-    for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
+    Buffer buffer(heads() * most * n_.state_stride());
+    const auto states = n_.states_at(buffer.data());
+    for_key_segments([&](const Sequence& s, HeadBlock block, int64_t i) {
       Scratch scratch;
-      const ForwardTile tile(n_, scratch);
-      const auto local = state_at(states, head(s, h) * most + i);
+      const ForwardTile tile(*this, 1, scratch);
+      const auto local = states[head(s, block.begin) * most + i];
       n_.clear(local);
       for_chunks(s, i, [&](int64_t t, int64_t rows) {
-        load_keys(s, h, t, rows, tile);
-        accumulate(rows, local, tile);
+        load_keys(s, block, t, rows, tile);
+        accumulate(0, rows, local, tile);
       });
     });
     for_heads([&](const Sequence& s, int64_t h) {
       Scratch scratch;
-      const auto running = n_.take_state(scratch);
+      const auto running = n_.take_states(scratch, 1)[0];
       n_.read(a_.initial, head(s, h), running);
-      fold_exclusive(running, s.keys.count, [&](int64_t i) {
-        return state_at(states, head(s, h) * most + i);
-      });
+      for (int64_t i = 0; i < s.keys.count; ++i)
+        exchange_and_add(running, states[head(s, h) * most + i]);
       n_.write(a_.final, head(s, h), running);
     });
-    for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
+    for_key_segments([&](const Sequence& s, HeadBlock block, int64_t i) {
       Scratch scratch;
-      const auto start = state_at(states, head(s, h) * most + i);
-      const auto local = n_.take_state(scratch);
-      const ForwardTile tile(n_, scratch);
-      save(s, h, i, start);
-      n_.clear(local);
-      for_chunks(s, i, [&](int64_t t, int64_t rows) {
-        load_keys(s, h, t, rows, tile);
-        emit(s, h, t, rows, start, local, tile);
-        accumulate(rows, local, tile);
-      });
+      const ForwardTile tile(*this, 1, scratch);
+      emit_segment(s, block, i, n_.states_at(states[head(s, block.begin) * most + i].S),
+                   n_.take_states(scratch, 1), tile);
     });
   }
 
   void backward() {
+    int64_t longest = 0;
+    for (const auto& s : Base::sequences_) longest = std::max(longest, s.keys.length);
+    const int64_t factors_size = 2 * n_.group * longest;
     if (Base::whole_heads()) {
-      for_heads([&](const Sequence& s, int64_t h) {
+      const int64_t per_head = 5 * n_.state_stride() + 4 * kChunk * (n_.feature_width + n_.value_width);
+      for_head_blocks(Base::heads_together(per_head), [&](const Sequence& s, HeadBlock block) {
         Scratch scratch;
-        const auto gradient = n_.take_state(scratch), local = n_.take_state(scratch);
-        const BackwardTile tile(n_, scratch);
-        Real* rows = scratch.template take<Real>(2 * n_.group * s.keys.length);
-        n_.read(a_.grad_final, head(s, h), gradient);
+        const auto gradients = n_.take_states(scratch, block.size());
+        const auto locals = n_.take_states(scratch, block.size());
+        const BackwardTile tile(*this, block.size(), scratch);
+        Real* rows = scratch.template take<Real>(block.size() * factors_size);
+        for (int64_t h = block.begin; h < block.end; ++h)
+          n_.read(a_.grad_final, head(s, h), gradients[h - block.begin]);
         for (int64_t i = s.keys.count - 1; i >= 0; --i) {
-          const RowFactors factors{rows, s.keys.length, s.keys.begin(i)};
-          sweep_forward(s, h, i, tile, factors);
-          sweep_reverse(s, h, i, gradient, local, tile, factors, true);
-          n_.merge(gradient, local);
+          const RowFactors factors{rows, longest, s.keys.begin(i)};
+          sweep_forward(s, block, i, tile, factors);
+          sweep_reverse<true>(s, block, i, gradients, locals, tile, factors);
+          for (int64_t h = 0; h < block.size(); ++h) n_.merge(gradients[h], locals[h]);
         }
-        n_.write(a_.grad_initial, head(s, h), gradient);
+        for (int64_t h = block.begin; h < block.end; ++h)
+          n_.write(a_.grad_initial, head(s, h), gradients[h - block.begin]);
       });
       return;
     }
     // Few heads: dq and the segments' sums in parallel, a fold from the end, then dk and dv.
     const int64_t most = Base::most_segments();
-    int64_t longest = 0;
-    for (const auto& s : Base::sequences_) longest = std::max(longest, s.keys.length);
-    Buffer states(heads() * most * state_stride());
-    Buffer rows(heads() * most * 2 * n_.group * longest);
-    const auto factors_of = [&](const Sequence& s, int64_t h, int64_t i) {
-      return RowFactors{rows.at((head(s, h) * most + i) * 2 * n_.group * longest), s.keys.length,
+    Buffer buffer(heads() * most * n_.state_stride()), rows(heads() * most * factors_size);
+    const auto states = n_.states_at(buffer.data());
+    const auto factors_of = [&](const Sequence& s, HeadBlock block, int64_t i) {
+      return RowFactors{rows.data() + (head(s, block.begin) * most + i) * factors_size, longest,
                         s.keys.begin(i)};
     };
-    for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
+    for_key_segments([&](const Sequence& s, HeadBlock block, int64_t i) {
       Scratch scratch;
-      const BackwardTile tile(n_, scratch);
-      const auto local = state_at(states, head(s, h) * most + i);
-      sweep_forward(s, h, i, tile, factors_of(s, h, i));
-      sweep_reverse(s, h, i, local, local, tile, factors_of(s, h, i), false);
+      const BackwardTile tile(*this, 1, scratch);
+      const auto local = n_.states_at(states[head(s, block.begin) * most + i].S);
+      sweep_forward(s, block, i, tile, factors_of(s, block, i));
+      sweep_reverse<false>(s, block, i, local, local, tile, factors_of(s, block, i));
     });
     for_heads([&](const Sequence& s, int64_t h) {
       Scratch scratch;
-      const auto running = n_.take_state(scratch);
+      const auto running = n_.take_states(scratch, 1)[0];
       n_.read(a_.grad_final, head(s, h), running);
-      fold_exclusive(running, s.keys.count, [&](int64_t i) {
-        return state_at(states, head(s, h) * most + s.keys.count - 1 - i);
-      });
+      for (int64_t i = s.keys.count - 1; i >= 0; --i)
+        exchange_and_add(running, states[head(s, h) * most + i]);
       n_.write(a_.grad_initial, head(s, h), running);
     });
-    for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
+    for_key_segments([&](const Sequence& s, HeadBlock block, int64_t i) {
       Scratch scratch;
-      const auto local = n_.take_state(scratch);
-      const BackwardTile tile(n_, scratch);
-      sweep_reverse(s, h, i, state_at(states, head(s, h) * most + i), local, tile,
-                    factors_of(s, h, i), true);
+      const BackwardTile tile(*this, 1, scratch);
+      sweep_reverse<true>(s, block, i, n_.states_at(states[head(s, block.begin) * most + i].S),
+                          n_.take_states(scratch, 1), tile, factors_of(s, block, i));
     });
   }
 
@@ -155,22 +149,17 @@ class Causal : private Call<Real> {
       body(t, std::min(kChunk, s.keys.end(segment) - t));
   }
 
-  // Replaces each part by the sum of `running` and all parts before it; running ends as the total.
-  template <class PartAt>
-  void fold_exclusive(LocalState<Real> running, int64_t count, const PartAt& part_at) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const LocalState<Real> part = part_at(i);
-      for (int64_t e = 0; e < n_.state_elements(); ++e) {
-        const Real before = running.S[e];
-        running.S[e] += part.S[e];
-        part.S[e] = before;
+  // One step of an exclusive fold: part becomes the sum of all before it.
+  void exchange_and_add(LocalState<Real> running, LocalState<Real> part) const {
+    const auto each = [](Real* sum, Real* own, int64_t size) {
+      for (int64_t i = 0; i < size; ++i) {
+        const Real before = sum[i];
+        sum[i] += own[i];
+        own[i] = before;
       }
-      for (int64_t f = 0; f < n_.feature_width; ++f) {
-        const Real before = running.z[f];
-        running.z[f] += part.z[f];
-        part.z[f] = before;
-      }
-    }
+    };
+    each(running.S, part.S, n_.state_elements());
+    each(running.z, part.z, n_.feature_width);
   }
 
   // Saved states: of every segment of a sequence but its first, whose state is the initial one.
@@ -198,101 +187,127 @@ class Causal : private Call<Real> {
 
   // ---- forward ----------------------------------------------------------------------------------
 
+  // Tiles of every head of a block; what one head needs in turn; operands of 16-bit arithmetic,
+  // paired along tokens or features.
   struct ForwardTile {
-    template <class S>
-    ForwardTile(const Sizes<Real>& n, S& scratch) {
-      const auto reals = [&](int64_t count) { return scratch.template take<Real>(count); };
-      const auto elements = [&](int64_t count) {
-        return Pack::copies ? scratch.template take<Element>(count) : nullptr;
+    ForwardTile(const Causal& kernel, int64_t count, Scratch& scratch) {
+      const Sizes<Real>& n = kernel.n_;
+      const int64_t queries = kernel.query_room(count), matrix = n.feature_width * n.value_width;
+      const auto elements = [&](int64_t size) {
+        return Pack::copies ? scratch.template take<Element>(size) : nullptr;
       };
-      phi_k = reals(kChunk * n.feature_width);
-      phi_q = reals(kChunk * n.feature_width);
-      phi_k_transposed = reals(n.feature_width * kChunk);
-      scores = reals(kChunk * kChunk);
-      out = reals(kChunk * n.value_width);
-      value_copy = reals(kChunk * n.value_width);
-      inverse_norm = reals(kChunk);
-      state = n.take_state(scratch);
+      phi_k = kernel.take_tiles(scratch, count, kChunk, n.feature_width);
+      value = kernel.take_tiles(scratch, count, kChunk, n.value_width);
+      phi_q = kernel.take_tiles(scratch, queries, kChunk, n.feature_width);
+      out = kernel.take_tiles(scratch, queries, kChunk, n.value_width);
+      phi_k_transposed = scratch.template take<Real>(n.feature_width * kChunk);
+      scores = scratch.template take<Real>(kChunk * kChunk);
+      inverse_norm = scratch.template take<Real>(kChunk);
+      state = n.take_states(scratch, 1)[0];
       phi_k_tokens = elements(kChunk * n.feature_width);
       phi_k_features = elements(kChunk * n.feature_width);  // packed, then transposed
-      value_tokens = elements(kChunk * n.value_width);
+      value_tokens = elements(count * kChunk * n.value_width);
       phi_q_features = elements(kChunk * n.feature_width);
       scores_tokens = elements(kChunk * kChunk);
-      state_features = elements(n.feature_width * n.value_width);
+      state_features = elements(matrix);
     }
-    Real *phi_k, *phi_q, *phi_k_transposed, *scores, *out, *value_copy, *inverse_norm;
+    Tiles<Real> phi_k, value, phi_q, out;
+    Real *phi_k_transposed, *scores, *inverse_norm;
     LocalState<Real> state;  // P + L
-    // Operands of 16-bit arithmetic, paired along tokens or features.
     Element *phi_k_tokens, *phi_k_features, *value_tokens, *phi_q_features, *scores_tokens,
         *state_features;
-    // Set by load_keys.
-    mutable const Element *A_keys, *B_values, *B_keys;
-    mutable int64_t values_ld;
   };
 
-  void load_keys(const Sequence& s, int64_t h, int64_t t, int64_t rows,
+  // Outputs of segment i; locals end as its sums.
+  void emit_segment(const Sequence& s, HeadBlock block, int64_t i, LocalStates<Real> starts,
+                    LocalStates<Real> locals, const ForwardTile& tile) const {
+    for (int64_t h = block.begin; h < block.end; ++h) {
+      save(s, h, i, starts[h - block.begin]);
+      n_.clear(locals[h - block.begin]);
+    }
+    for_chunks(s, i, [&](int64_t t, int64_t rows) {
+      load_keys(s, block, t, rows, tile);
+      Base::for_query_heads(block, [&](HeadBlock queries) {
+        Base::read_queries(s, queries, t, rows, tile.phi_q);
+        KeyOperands operands{};
+        for (int64_t q = queries.begin; q < queries.end; ++q) {
+          const int64_t b = q / n_.group - block.begin;
+          if (q == queries.begin || q % n_.group == 0)
+            operands = prepare(b, rows, starts[b], locals[b], tile);
+          emit(rows, operands, tile.phi_q[q - queries.begin], tile.out[q - queries.begin], tile);
+        }
+        write_tiles(a_.out, s.batch, queries, s.query_begin + t, rows, p_.dtype, n_.values,
+                    tile.out);
+      });
+      for (int64_t b = 0; b < block.size(); ++b) accumulate(b, rows, locals[b], tile);
+    });
+  }
+
+  void load_keys(const Sequence& s, HeadBlock block, int64_t t, int64_t rows,
                  const ForwardTile& tile) const {
-    const int64_t token = s.key_begin + t, fw = n_.feature_width, vw = n_.value_width;
-    const MaskRow mask = mask_at(s.batch, token);
-    phi_.of_keys(a_.key, a_.key.offset(s.batch, h, token), rows, mask, {}, tile.phi_k,
-                 tile.inverse_norm);
-    const auto value = read_values(a_.value, a_.value.offset(s.batch, h, token), p_.dtype, rows,
-                                   n_.values, mask, tile.value_copy, vw);
-    tile.A_keys = Pack::pair_rows(tile.phi_k, rows, fw, fw, tile.phi_k_tokens);
-    tile.B_values = Pack::pair_rows(value.data, rows, vw, value.ld, tile.value_tokens);
-    tile.values_ld = Pack::copies ? vw : value.ld;
+    const MaskRow mask = mask_at(s.batch, s.key_begin + t);
+    Base::read_keys(s, block, t, rows, mask, tile.phi_k);
+    Base::read_values(s, block, t, rows, mask, tile.value);
+    for (int64_t b = 0; b < block.size(); ++b) {
+      phi_.of_keys(rows, mask, {}, tile.phi_k[b], tile.inverse_norm);
+      Pack::pair_rows(tile.value[b], rows, n_.value_width, n_.value_width, value_pairs(b, tile));
+    }
+  }
+
+  Element* value_pairs(int64_t b, const ForwardTile& tile) const {
+    return tile.value_tokens + b * kChunk * n_.value_width;
   }
 
   // local += phi(k)^T v of the chunk.
-  void accumulate(int64_t rows, LocalState<Real> local, const ForwardTile& tile) const {
-    const int64_t fw = n_.feature_width;
-    matmul<Arith, true>(n_.features, n_.value_width,
-                        (rows + Pack::per_element - 1) / Pack::per_element, tile.A_keys, 1, fw,
-                        tile.B_values, tile.values_ld, local.S, n_.value_width);
-    for (int64_t r = 0; r < rows; ++r) add(local.z, tile.phi_k + r * fw, fw);
+  void accumulate(int64_t b, int64_t rows, LocalState<Real> local, const ForwardTile& tile) const {
+    const int64_t fw = n_.feature_width, vw = n_.value_width;
+    const Element* A = Pack::pair_rows(tile.phi_k[b], rows, fw, fw, tile.phi_k_tokens);
+    matmul<Arith, true>(n_.features, vw, Pack::elements(rows), A, 1, fw,
+                        Pack::either(tile.value[b], value_pairs(b, tile)), vw, local.S, vw);
+    for (int64_t r = 0; r < rows; ++r) add(local.z, tile.phi_k[b] + r * fw, fw);
   }
 
-  // Outputs of the chunk, for every query head of h.
-  void emit(const Sequence& s, int64_t h, int64_t t, int64_t rows, LocalState<Real> start,
-            LocalState<Real> local, const ForwardTile& tile) const {
-    constexpr int64_t per = Pack::per_element;
-    const int64_t fw = n_.feature_width, vw = n_.value_width, token = s.query_begin + t;
-    const bool in_place = writes_in_place<Real>(a_.out, p_.dtype, n_.values, vw);
+  // Right operands that all query heads of one kv head share.
+  struct KeyOperands {
+    const Element *state, *keys, *values;
+  };
+
+  KeyOperands prepare(int64_t b, int64_t rows, LocalState<Real> start, LocalState<Real> local,
+                      const ForwardTile& tile) const {
+    const int64_t fw = n_.feature_width, vw = n_.value_width;
     sum_of(tile.state.S, start.S, local.S, n_.state_elements());
     sum_of(tile.state.z, start.z, local.z, fw);
-    const Element* B_state = Pack::pair_rows(tile.state.S, n_.features, vw, vw, tile.state_features);
-    const Element* B_keys = Pack::pair_columns_transposed(tile.phi_k, rows, n_.features, fw,
-                                                          tile.phi_k_transposed,
-                                                          tile.phi_k_features, kChunk);
-    for (int64_t q = h * n_.group; q < (h + 1) * n_.group; ++q) {
-      phi_.of_queries(a_.query, a_.query.offset(s.batch, q, token), rows, tile.phi_q,
-                      tile.inverse_norm);
-      const Element* A_query = Pack::pair_columns(tile.phi_q, rows, fw, tile.phi_q_features);
-      matmul_to_lower<Arith>(rows, (n_.features + per - 1) / per, A_query, fw / per, 1, B_keys,
-                             kChunk, tile.scores, kChunk);
-      keep_lower(tile.scores, rows);
-      if (divides()) {
-        for (int64_t r = 0; r < rows; ++r) {
-          Real* scores = tile.scores + r * kChunk;
-          Real* phi = tile.phi_q + r * fw;
-          const Real den = dot(phi, tile.state.z, fw) + sum_row(scores, r + 1);
-          const Real inverse = inverse_denominator<Real>(den, p_.eps);
-          scale_row(phi, inverse, fw);
-          scale_row(scores, inverse, padded<Real>(r + 1));
-        }
-        A_query = Pack::pair_columns(tile.phi_q, rows, fw, tile.phi_q_features);
+    return {Pack::pair_rows(tile.state.S, n_.features, vw, vw, tile.state_features),
+            Pack::pair_columns_transposed(tile.phi_k[b], rows, n_.features, fw,
+                                          tile.phi_k_transposed, tile.phi_k_features, kChunk),
+            Pack::either(tile.value[b], value_pairs(b, tile))};
+  }
+
+  // Outputs of the chunk for one query head.
+  void emit(int64_t rows, const KeyOperands& operands, Real* phi_q, Real* out,
+            const ForwardTile& tile) const {
+    const int64_t fw = n_.feature_width, vw = n_.value_width;
+    phi_.of_queries(rows, phi_q, tile.inverse_norm);
+    const Element* A_query = Pack::pair_columns(phi_q, rows, fw, tile.phi_q_features);
+    matmul_to_lower<Arith>(rows, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
+                           operands.keys, kChunk, tile.scores, kChunk);
+    keep_lower(tile.scores, rows);
+    if (divides()) {
+      for (int64_t r = 0; r < rows; ++r) {
+        Real* scores = tile.scores + r * kChunk;
+        Real* phi = phi_q + r * fw;
+        const Real den = dot(phi, tile.state.z, fw) + sum_row(scores, r + 1);
+        const Real inverse = inverse_denominator<Real>(den, p_.eps);
+        scale_row(phi, inverse, fw);
+        scale_row(scores, inverse, padded<Real>(r + 1));
       }
-      const Element* A_scores =
-          Pack::pair_columns(tile.scores, rows, kChunk, tile.scores_tokens);
-      const int64_t offset = a_.out.offset(s.batch, q, token);
-      Real* out = in_place ? static_cast<Real*>(a_.out.data) + offset : tile.out;
-      const int64_t ld = in_place ? a_.out.token : vw;
-      matmul<Arith, false>(rows, vw, (n_.features + per - 1) / per, A_query, fw / per, 1, B_state,
-                           vw, out, ld);
-      matmul_from_lower<Arith>(rows, vw, A_scores, kChunk / per, tile.B_values, tile.values_ld, out,
-                               ld, per);
-      if (!in_place) write_tile(a_.out, offset, p_.dtype, rows, n_.values, tile.out, ld);
+      A_query = Pack::pair_columns(phi_q, rows, fw, tile.phi_q_features);
     }
+    const Element* A_scores = Pack::pair_columns(tile.scores, rows, kChunk, tile.scores_tokens);
+    matmul<Arith, false>(rows, vw, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
+                         operands.state, vw, out, vw);
+    matmul_from_lower<Arith>(rows, vw, A_scores, Pack::elements(kChunk), operands.values, vw, out,
+                             vw, Pack::per_element);
   }
 
   // Sum of the first n numbers of a row that is zero up to the next whole vector.
@@ -304,191 +319,224 @@ class Causal : private Call<Real> {
 
   // ---- backward ---------------------------------------------------------------------------------
 
-  // 1 / den and delta of every query row of one segment, for each query head of a kv head.
+  // 1 / den and delta of every query row of one segment, for each query head of a block.
   struct RowFactors {
     Real* data;
-    int64_t length;  // tokens of a segment
-    int64_t begin;   // its first token
+    int64_t length;  // room for tokens
+    int64_t begin;   // first token of the segment
 
-    Real* inverse(int64_t head_in_group, int64_t t) const {
-      return data + 2 * head_in_group * length + (t - begin);
+    Real* inverse(int64_t head_in_block, int64_t t) const {
+      return data + 2 * head_in_block * length + (t - begin);
     }
-    Real* delta(int64_t head_in_group, int64_t t) const {
-      return inverse(head_in_group, t) + length;
+    Real* delta(int64_t head_in_block, int64_t t) const {
+      return inverse(head_in_block, t) + length;
     }
   };
 
+  // Tiles of every head of a block, its states of the forward sweep, and what one head needs in turn.
   struct BackwardTile {
-    template <class S>
-    BackwardTile(const Sizes<Real>& n, S& scratch) {
-      const auto reals = [&](int64_t count) { return scratch.template take<Real>(count); };
-      phi_k = reals(kChunk * n.feature_width);
-      phi_q = reals(kChunk * n.feature_width);
-      dphi_q = reals(kChunk * n.feature_width);
-      dphi_k = reals(kChunk * n.feature_width);
-      phi_k_transposed = reals(n.feature_width * kChunk);
-      value_copy = reals(kChunk * n.value_width);
-      value_transposed = reals(n.value_width * kChunk);
-      g = reals(kChunk * n.value_width);
-      dvalue = reals(kChunk * n.value_width);
+    BackwardTile(const Causal& kernel, int64_t count, Scratch& scratch)
+        : matrix(kernel.n_.value_width * kernel.n_.feature_width),
+          state(kernel.n_.take_states(scratch, 1)[0]),
+          starts(kernel.n_.take_states(scratch, count)) {
+      const Sizes<Real>& n = kernel.n_;
+      const int64_t queries = kernel.query_room(count), fw = n.feature_width, vw = n.value_width;
+      const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
+      phi_k = kernel.take_tiles(scratch, count, kChunk, fw);
+      value = kernel.take_tiles(scratch, count, kChunk, vw);
+      dphi_k = kernel.take_tiles(scratch, count, kChunk, fw);
+      dvalue = kernel.take_tiles(scratch, count, kChunk, vw);
+      phi_q = kernel.take_tiles(scratch, queries, kChunk, fw);
+      g = kernel.take_tiles(scratch, queries, kChunk, vw);
+      dphi_q = kernel.take_tiles(scratch, queries, kChunk, fw);
+      phi_k_transposed = reals(fw * kChunk);
+      value_transposed = reals(vw * kChunk);
       scores = reals(kChunk * kChunk);
-      inverse_norm_k = reals(kChunk);
+      inverse_norm_k = reals(count * kChunk);
       inverse_norm_q = reals(kChunk);
-      z_running = reals(n.feature_width);
-      start = n.take_state(scratch);
-      state = n.take_state(scratch);
-      local_transposed = reals(n.value_width * n.feature_width);
-      start_transposed = reals(n.value_width * n.feature_width);
-      state_transposed = reals(n.value_width * n.feature_width);
+      z_running = reals(fw);
+      state_transposed = reals(matrix);
+      starts_transposed = reals(count * matrix);
+      locals_transposed = reals(count * matrix);
     }
-    Real *phi_k, *phi_q, *dphi_q, *dphi_k, *phi_k_transposed;
-    Real *value_copy, *value_transposed, *g, *dvalue, *scores;
-    Real *inverse_norm_k, *inverse_norm_q, *z_running;
-    LocalState<Real> start, state;
-    Real *local_transposed, *start_transposed, *state_transposed;  // (Dv, F)
+    int64_t matrix;  // elements of a transposed state (Dv, F)
+    LocalState<Real> state;
+    LocalStates<Real> starts;
+    Tiles<Real> phi_k, value, dphi_k, dvalue, phi_q, g, dphi_q;
+    Real *phi_k_transposed, *value_transposed, *scores, *inverse_norm_k, *inverse_norm_q;
+    Real *z_running, *state_transposed, *starts_transposed, *locals_transposed;
   };
 
-  TileView<Real> load_keys_and_values(const Sequence& s, int64_t h, int64_t t, int64_t rows,
-                                      MaskRow mask, const BackwardTile& tile) const {
-    const int64_t token = s.key_begin + t;
-    phi_.of_keys(a_.key, a_.key.offset(s.batch, h, token), rows, mask, {}, tile.phi_k,
-                 tile.inverse_norm_k);
-    return read_values(a_.value, a_.value.offset(s.batch, h, token), p_.dtype, rows, n_.values,
-                       mask, tile.value_copy, n_.value_width);
+  void load_keys(const Sequence& s, HeadBlock block, int64_t t, int64_t rows,
+                 const BackwardTile& tile) const {
+    const MaskRow mask = mask_at(s.batch, s.key_begin + t);
+    Base::read_keys(s, block, t, rows, mask, tile.phi_k);
+    Base::read_values(s, block, t, rows, mask, tile.value);
+    for (int64_t b = 0; b < block.size(); ++b)
+      phi_.of_keys(rows, mask, {}, tile.phi_k[b], tile.inverse_norm_k + b * kChunk);
   }
 
-  // tile.g = do / den, given 1 / den of each row.
-  void load_gradient(const Sequence& s, int64_t q, int64_t t, int64_t rows, const Real* inverse,
-                     const BackwardTile& tile) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      Real* g = tile.g + r * n_.value_width;
-      read_row(a_.grad_out, a_.grad_out.offset(s.batch, q, s.query_begin + t + r), p_.dtype,
-               n_.values, g, n_.value_width);
-      if (divides()) scale_row(g, inverse[r], n_.value_width);
-    }
+  // g = do / den, in place, given 1 / den of each row.
+  void divide_gradient(int64_t rows, const Real* inverse, Real* g) const {
+    if (divides())
+      for (int64_t r = 0; r < rows; ++r) scale_row(g + r * n_.value_width, inverse[r], n_.value_width);
   }
 
   // Writes dq of a segment, and its row factors.
-  void sweep_forward(const Sequence& s, int64_t h, int64_t segment, const BackwardTile& tile,
+  void sweep_forward(const Sequence& s, HeadBlock block, int64_t segment, const BackwardTile& tile,
                      const RowFactors& factors) const {
-    const int64_t fw = n_.feature_width, vw = n_.value_width;
-    restore(s, h, segment, tile.start);
-    transpose(n_.features, n_.values, tile.start.S, vw, tile.start_transposed, fw);
-    zero(tile.local_transposed, n_.values * fw);
-    Real* z_start = tile.start.z;  // z is exact per token: it moves with the chunks
+    const int64_t fw = n_.feature_width, vw = n_.value_width, matrix = tile.matrix;
+    for (int64_t b = 0; b < block.size(); ++b) {
+      restore(s, block.begin + b, segment, tile.starts[b]);
+      transpose(n_.features, n_.values, tile.starts[b].S, vw, tile.starts_transposed + b * matrix,
+                fw);
+      zero(tile.locals_transposed + b * matrix, n_.values * fw);
+    }
     for_chunks(s, segment, [&](int64_t t, int64_t rows) {
-      const MaskRow mask = mask_at(s.batch, s.key_begin + t);
-      const auto value = load_keys_and_values(s, h, t, rows, mask, tile);
-      transpose(rows, n_.values, value.data, value.ld, tile.value_transposed, kChunk);
-      sum_of(tile.state_transposed, tile.start_transposed, tile.local_transposed, n_.values * fw);
-      for (int64_t q = h * n_.group; q < (h + 1) * n_.group; ++q) {
-        Real* inverse = factors.inverse(q - h * n_.group, t);
-        Real* delta = factors.delta(q - h * n_.group, t);
-        Real slope[kChunk];
-        const int64_t token = s.query_begin + t;
-        phi_.of_queries(a_.query, a_.query.offset(s.batch, q, token), rows, tile.phi_q,
-                        tile.inverse_norm_q);
-        if (divides())
-          for_running_z(rows, z_start, tile, [&](int64_t r, const Real* z) {
-            const Real den = dot(tile.phi_q + r * fw, z, fw);
-            inverse[r] = inverse_denominator<Real>(den, p_.eps);
-            slope[r] = denominator_slope<Real>(den, p_.eps);
-          });
-        load_gradient(s, q, t, rows, inverse, tile);
-        matmul<Exact, false>(rows, fw, n_.values, tile.g, vw, 1, tile.state_transposed, fw,
-                             tile.dphi_q, fw);
-        matmul_to_lower<Exact>(rows, n_.values, tile.g, vw, 1, tile.value_transposed, kChunk,
-                               tile.scores, kChunk);
-        keep_lower(tile.scores, rows);
-        matmul_from_lower<Exact>(rows, fw, tile.scores, kChunk, tile.phi_k, fw, tile.dphi_q, fw);
-        if (divides())
-          for_running_z(rows, z_start, tile, [&](int64_t r, const Real* z) {
-            Real* u = tile.dphi_q + r * fw;
-            delta[r] = -dot(tile.phi_q + r * fw, u, fw) * slope[r];
-            add_scaled(u, z, delta[r], fw);
-          });
-        phi_.chain_queries(tile.phi_q, tile.inverse_norm_q, rows, tile.dphi_q);
-        write_tile(a_.grad_query, a_.grad_query.offset(s.batch, q, token), p_.dtype, rows,
-                   p_.head_dim, tile.dphi_q, fw);
+      load_keys(s, block, t, rows, tile);
+      Base::for_query_heads(block, [&](HeadBlock queries) {
+        Base::read_queries(s, queries, t, rows, tile.phi_q);
+        Base::read_gradients(s, queries, t, rows, tile.g);
+        for (int64_t q = queries.begin; q < queries.end; ++q) {
+          const int64_t b = q / n_.group - block.begin, in_block = q - block.begin * n_.group;
+          if (q == queries.begin || q % n_.group == 0) {
+            transpose(rows, n_.values, tile.value[b], vw, tile.value_transposed, kChunk);
+            sum_of(tile.state_transposed, tile.starts_transposed + b * matrix,
+                   tile.locals_transposed + b * matrix, n_.values * fw);
+          }
+          query_gradient(b, q - queries.begin, rows, factors.inverse(in_block, t),
+                         factors.delta(in_block, t), tile);
+        }
+        write_tiles(a_.grad_query, s.batch, queries, s.query_begin + t, rows, p_.dtype,
+                    p_.head_dim, tile.dphi_q);
+      });
+      for (int64_t b = 0; b < block.size(); ++b) {
+        matmul<Exact, true>(n_.values, fw, rows, tile.value[b], 1, vw, tile.phi_k[b], fw,
+                            tile.locals_transposed + b * matrix, fw);
+        for (int64_t r = 0; r < rows; ++r) add(tile.starts[b].z, tile.phi_k[b] + r * fw, fw);
       }
-      matmul<Exact, true>(n_.values, fw, rows, value.data, 1, value.ld, tile.phi_k, fw,
-                          tile.local_transposed, fw);
-      for (int64_t r = 0; r < rows; ++r) add(z_start, tile.phi_k + r * fw, fw);
     });
+  }
+
+  // dq of one chunk: through the state before it, then through its own keys. starts[b].z holds z up
+  // to the previous chunk. Sets the chunk's row factors.
+  void query_gradient(int64_t b, int64_t own, int64_t rows, Real* inverse, Real* delta,
+                      const BackwardTile& tile) const {
+    const int64_t fw = n_.feature_width, vw = n_.value_width;
+    Real *phi_q = tile.phi_q[own], *g = tile.g[own], *dphi_q = tile.dphi_q[own];
+    Real slope[kChunk];
+    phi_.of_queries(rows, phi_q, tile.inverse_norm_q);
+    if (divides())
+      for_running_z(b, rows, tile, [&](int64_t r, const Real* z) {
+        const Real den = dot(phi_q + r * fw, z, fw);
+        inverse[r] = inverse_denominator_of_gradient<Real>(den, p_.eps);
+        slope[r] = denominator_slope<Real>(den, p_.eps);
+      });
+    divide_gradient(rows, inverse, g);
+    matmul<Exact, false>(rows, fw, n_.values, g, vw, 1, tile.state_transposed, fw, dphi_q, fw);
+    matmul_to_lower<Exact>(rows, n_.values, g, vw, 1, tile.value_transposed, kChunk, tile.scores,
+                           kChunk);
+    keep_lower(tile.scores, rows);
+    matmul_from_lower<Exact>(rows, fw, tile.scores, kChunk, tile.phi_k[b], fw, dphi_q, fw);
+    if (divides())
+      for_running_z(b, rows, tile, [&](int64_t r, const Real* z) {
+        Real* u = dphi_q + r * fw;
+        delta[r] = -dot(phi_q + r * fw, u, fw) * slope[r];
+        add_scaled(u, z, delta[r], fw);
+      });
+    phi_.chain_queries(phi_q, tile.inverse_norm_q, rows, dphi_q);
   }
 
   // body(row, z up to and including that row's key)
   template <class Body>
-  void for_running_z(int64_t rows, const Real* z_start, const BackwardTile& tile,
-                     const Body& body) const {
-    copy(tile.z_running, z_start, n_.feature_width);
+  void for_running_z(int64_t b, int64_t rows, const BackwardTile& tile, const Body& body) const {
+    copy(tile.z_running, tile.starts[b].z, n_.feature_width);
     for (int64_t r = 0; r < rows; ++r) {
-      add(tile.z_running, tile.phi_k + r * n_.feature_width, n_.feature_width);
+      add(tile.z_running, tile.phi_k[b] + r * n_.feature_width, n_.feature_width);
       body(r, tile.z_running);
     }
   }
 
-  // local = the segment's sums of phi(q) g^T and delta phi(q), from zero, last chunk first. With
-  // `writes`, dk and dv as well; `after` then holds the sums of all later segments.
-  void sweep_reverse(const Sequence& s, int64_t h, int64_t segment, LocalState<Real> after,
-                     LocalState<Real> local, const BackwardTile& tile, const RowFactors& factors,
-                     bool writes) const {
+  // locals = the segment's sums of phi(q) g^T and delta phi(q), from zero, last chunk first. With
+  // `Writes`, dk and dv as well; `after` then holds the sums of all later segments.
+  template <bool Writes>
+  void sweep_reverse(const Sequence& s, HeadBlock block, int64_t segment, LocalStates<Real> after,
+                     LocalStates<Real> locals, const BackwardTile& tile,
+                     const RowFactors& factors) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     const int64_t begin = s.keys.begin(segment), end = s.keys.end(segment);
-    n_.clear(local);
+    for (int64_t b = 0; b < block.size(); ++b) n_.clear(locals[b]);
     for (int64_t t = begin + (end - begin - 1) / kChunk * kChunk; t >= begin; t -= kChunk) {
       const int64_t rows = std::min(kChunk, end - t);
-      const MaskRow mask = mask_at(s.batch, s.key_begin + t);
-      TileView<Real> value{};
-      if (writes) {
-        value = load_keys_and_values(s, h, t, rows, mask, tile);
-        transpose(rows, n_.values, value.data, value.ld, tile.value_transposed, kChunk);
-        transpose(rows, n_.features, tile.phi_k, fw, tile.phi_k_transposed, kChunk);
-        // Contributions of later chunks.
-        sum_of(tile.state.S, after.S, local.S, n_.state_elements());
-        sum_of(tile.state.z, after.z, local.z, fw);
-        transpose(n_.features, n_.values, tile.state.S, vw, tile.state_transposed, fw);
-        matmul<Exact, false>(rows, fw, n_.values, value.data, value.ld, 1, tile.state_transposed,
-                             fw, tile.dphi_k, fw);
-        for (int64_t r = 0; r < rows; ++r) add(tile.dphi_k + r * fw, tile.state.z, fw);
-        matmul<Exact, false>(rows, vw, n_.features, tile.phi_k, fw, 1, tile.state.S, vw,
-                             tile.dvalue, vw);
-      }
-      for (int64_t q = h * n_.group; q < (h + 1) * n_.group; ++q) {
-        const Real* inverse = factors.inverse(q - h * n_.group, t);
-        const Real* delta = factors.delta(q - h * n_.group, t);
-        phi_.of_queries(a_.query, a_.query.offset(s.batch, q, s.query_begin + t), rows, tile.phi_q,
-                        tile.inverse_norm_q);
-        load_gradient(s, q, t, rows, inverse, tile);
-        if (writes) {  // contributions of this chunk, i >= j
-          matmul_to_lower<Exact>(rows, n_.features, tile.phi_q, fw, 1, tile.phi_k_transposed,
-                                 kChunk, tile.scores, kChunk);
-          keep_lower(tile.scores, rows);
-          matmul_from_lower_transposed<Exact>(rows, vw, tile.scores, kChunk, tile.g, vw,
-                                              tile.dvalue, vw);
-          matmul_to_lower<Exact>(rows, n_.values, tile.g, vw, 1, tile.value_transposed, kChunk,
-                                 tile.scores, kChunk);
+      if constexpr (Writes) load_keys(s, block, t, rows, tile);
+      Base::for_query_heads(block, [&](HeadBlock queries) {
+        Base::read_queries(s, queries, t, rows, tile.phi_q);
+        Base::read_gradients(s, queries, t, rows, tile.g);
+        for (int64_t q = queries.begin; q < queries.end; ++q) {
+          const int64_t b = q / n_.group - block.begin, in_block = q - block.begin * n_.group;
+          const Real* delta = factors.delta(in_block, t);
+          Real *phi_q = tile.phi_q[q - queries.begin], *g = tile.g[q - queries.begin];
+          phi_.of_queries(rows, phi_q, tile.inverse_norm_q);
+          divide_gradient(rows, factors.inverse(in_block, t), g);
+          if constexpr (Writes) {
+            if (q % n_.group == 0) key_gradient_of_later_chunks(b, rows, after[b], locals[b], tile);
+            if (q == queries.begin || q % n_.group == 0) transpose_keys_and_values(b, rows, tile);
+            key_gradient_of_this_chunk(b, rows, phi_q, g, delta, tile);
+          }
+          matmul<Exact, true>(n_.features, vw, rows, phi_q, 1, fw, g, vw, locals[b].S, vw);
           if (divides())
             for (int64_t r = 0; r < rows; ++r)
-              for (int64_t c = 0; c <= r; ++c) tile.scores[r * kChunk + c] += delta[r];
-          keep_lower(tile.scores, rows);
-          matmul_from_lower_transposed<Exact>(rows, fw, tile.scores, kChunk, tile.phi_q, fw,
-                                              tile.dphi_k, fw);
+              add_scaled(locals[b].z, phi_q + r * fw, delta[r], fw);
         }
-        matmul<Exact, true>(n_.features, vw, rows, tile.phi_q, 1, fw, tile.g, vw, local.S, vw);
-        if (divides())
-          for (int64_t r = 0; r < rows; ++r)
-            add_scaled(local.z, tile.phi_q + r * fw, delta[r], fw);
-      }
-      if (writes) {
-        const int64_t token = s.key_begin + t;
-        phi_.chain_keys(tile.phi_k, tile.inverse_norm_k, rows, mask, nullptr, tile.dphi_k);
-        write_tile(a_.grad_key, a_.grad_key.offset(s.batch, h, token), p_.dtype, rows, p_.head_dim,
-                   tile.dphi_k, fw);
-        write_tile(a_.grad_value, a_.grad_value.offset(s.batch, h, token), p_.dtype, rows,
-                   n_.values, tile.dvalue, vw);
+      });
+      if constexpr (Writes) {
+        const MaskRow mask = mask_at(s.batch, s.key_begin + t);
+        for (int64_t b = 0; b < block.size(); ++b)
+          phi_.chain_keys(tile.phi_k[b], tile.inverse_norm_k + b * kChunk, rows, mask, nullptr,
+                          tile.dphi_k[b]);
+        write_tiles(a_.grad_key, s.batch, block, s.key_begin + t, rows, p_.dtype, p_.head_dim,
+                    tile.dphi_k);
+        write_tiles(a_.grad_value, s.batch, block, s.key_begin + t, rows, p_.dtype, n_.values,
+                    tile.dvalue);
       }
     }
+  }
+
+  void transpose_keys_and_values(int64_t b, int64_t rows, const BackwardTile& tile) const {
+    transpose(rows, n_.values, tile.value[b], n_.value_width, tile.value_transposed, kChunk);
+    transpose(rows, n_.features, tile.phi_k[b], n_.feature_width, tile.phi_k_transposed, kChunk);
+  }
+
+  // dphi(k) and dv from the queries of all later chunks: through dS and dz.
+  void key_gradient_of_later_chunks(int64_t b, int64_t rows, LocalState<Real> after,
+                                    LocalState<Real> local, const BackwardTile& tile) const {
+    const int64_t fw = n_.feature_width, vw = n_.value_width;
+    sum_of(tile.state.S, after.S, local.S, n_.state_elements());
+    sum_of(tile.state.z, after.z, local.z, fw);
+    transpose(n_.features, n_.values, tile.state.S, vw, tile.state_transposed, fw);
+    matmul<Exact, false>(rows, fw, n_.values, tile.value[b], vw, 1, tile.state_transposed, fw,
+                         tile.dphi_k[b], fw);
+    for (int64_t r = 0; r < rows; ++r) add(tile.dphi_k[b] + r * fw, tile.state.z, fw);
+    matmul<Exact, false>(rows, vw, n_.features, tile.phi_k[b], fw, 1, tile.state.S, vw,
+                         tile.dvalue[b], vw);
+  }
+
+  // The same from the queries i >= j of this chunk, through the scores.
+  void key_gradient_of_this_chunk(int64_t b, int64_t rows, const Real* phi_q, const Real* g,
+                                  const Real* delta, const BackwardTile& tile) const {
+    const int64_t fw = n_.feature_width, vw = n_.value_width;
+    matmul_to_lower<Exact>(rows, n_.features, phi_q, fw, 1, tile.phi_k_transposed, kChunk,
+                           tile.scores, kChunk);
+    keep_lower(tile.scores, rows);
+    matmul_from_lower_transposed<Exact>(rows, vw, tile.scores, kChunk, g, vw, tile.dvalue[b], vw);
+    matmul_to_lower<Exact>(rows, n_.values, g, vw, 1, tile.value_transposed, kChunk, tile.scores,
+                           kChunk);
+    if (divides())
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c <= r; ++c) tile.scores[r * kChunk + c] += delta[r];
+    keep_lower(tile.scores, rows);
+    matmul_from_lower_transposed<Exact>(rows, fw, tile.scores, kChunk, phi_q, fw, tile.dphi_k[b],
+                                        fw);
   }
 };
 

@@ -30,19 +30,16 @@ class Features {
 
   explicit Features(const Problem& problem)
       : map_(problem.feature_map),
-        dtype_(problem.dtype),
         head_dim_(problem.head_dim),
         features_(problem.feature_dim()),
         width_(padded<Real>(problem.feature_dim())),
         scale_(static_cast<Real>(problem.scale)),
         normalize_(problem.normalize) {}
 
-  // tile[r] = phi(scale q[r]); inverse_norm[r] = 1 / |scale q[r]| for cosine.
-  void of_queries(const Strided& query, int64_t offset, int64_t rows, Real* tile,
-                  Real* inverse_norm) const {
+  // In place: tile[r] = phi(scale tile[r]); inverse_norm[r] = 1 / |scale q[r]| for cosine.
+  void of_queries(int64_t rows, Real* tile, Real* inverse_norm) const {
     for (int64_t r = 0; r < rows; ++r) {
       Real* row = tile + r * width_;
-      read(query, offset + r * query.token, row);
       if (scale_ != Real{1}) scale_row(row, scale_, width_);
       switch (map_) {
         case FeatureMap::exp:
@@ -60,9 +57,9 @@ class Features {
     }
   }
 
-  // tile[r] = phi(k[r]), or 0 where masked.
-  void of_keys(const Strided& key, int64_t offset, int64_t rows, MaskRow mask,
-               const ColumnStatistics<Real>& columns, Real* tile, Real* inverse_norm) const {
+  // In place: tile[r] = phi(tile[r]), or 0 where masked.
+  void of_keys(int64_t rows, MaskRow mask, const ColumnStatistics<Real>& columns, Real* tile,
+               Real* inverse_norm) const {
     for (int64_t r = 0; r < rows; ++r) {
       Real* row = tile + r * width_;
       if (!mask.keeps(r)) {
@@ -70,7 +67,6 @@ class Features {
         inverse_norm[r] = 0;
         continue;
       }
-      read(key, offset + r * key.token, row);
       switch (map_) {
         case FeatureMap::exp:
           clamped_exp_row(row);
@@ -90,11 +86,10 @@ class Features {
   }
 
   // maximum[i] = max over unmasked rows: exact, so its order does not matter.
-  void raise_to_maximum(const Strided& key, int64_t offset, int64_t rows, MaskRow mask,
-                        Real* maximum, Real* row) const {
+  void raise_to_maximum(int64_t rows, MaskRow mask, const Real* tile, Real* maximum) const {
     for (int64_t r = 0; r < rows; ++r) {
       if (!mask.keeps(r)) continue;
-      read(key, offset + r * key.token, row);
+      const Real* row = tile + r * width_;
       for (int64_t i = 0; i < width_; i += L)
         store(maximum + i, fastattn::FASTATTN_ISA::maximum<Real>(load(maximum + i), load(row + i)));
     }
@@ -148,10 +143,6 @@ class Features {
   }
 
  private:
-  void read(const Strided& source, int64_t offset, Real* row) const {
-    read_row(source, offset, dtype_, head_dim_, row, width_);
-  }
-
   // Maps that treat queries and keys alike.
   void apply(Real* row, Real* inverse_norm) const {
     const V nil{}, one = splat(Real{1});
@@ -274,7 +265,6 @@ class Features {
   }
 
   FeatureMap map_;
-  DType dtype_;
   int64_t head_dim_, features_, width_;
   Real scale_;
   bool normalize_;

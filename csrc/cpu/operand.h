@@ -16,6 +16,9 @@ template <class Real>
 struct Operand<Plain<Real>> {
   static constexpr int64_t per_element = 1;
   static constexpr bool copies = false;
+  static constexpr int64_t elements(int64_t n) { return n; }
+  // The operand made of a tile earlier on: the tile, or its packed copy.
+  static const Real* either(const Real* tile, const Real*) { return tile; }
 
   static const Real* pair_rows(const Real* tile, int64_t, int64_t, int64_t, Real*) { return tile; }
   static const Real* pair_columns(const Real* tile, int64_t, int64_t, Real*) { return tile; }
@@ -31,6 +34,8 @@ template <>
 struct Operand<Bf16Pairs> {
   static constexpr int64_t per_element = 2;
   static constexpr bool copies = true;
+  static constexpr int64_t elements(int64_t n) { return (n + 1) / 2; }
+  static const uint32_t* either(const float*, const uint32_t* packed) { return packed; }
 
   static FASTATTN_INLINE __m512i widen(Vector<float> v) {
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
@@ -78,6 +83,18 @@ struct LocalState {
   Real* z;
 };
 
+// The states of several heads, one after another.
+template <class Real>
+struct LocalStates {
+  Real* data;
+  int64_t S_size, z_size;
+
+  int64_t stride() const { return S_size + z_size; }
+  LocalState<Real> operator[](int64_t i) const {
+    return {data + i * stride(), data + i * stride() + S_size};
+  }
+};
+
 // Sizes every kernel needs, once.
 template <class Real>
 struct Sizes {
@@ -90,11 +107,16 @@ struct Sizes {
 
   int64_t state_elements() const { return features * value_width; }
 
+  // S has feature_width rows so that its transpose has whole vectors.
+  int64_t state_stride() const { return feature_width * (value_width + 1); }
+
+  LocalStates<Real> states_at(Real* data) const {
+    return {data, feature_width * value_width, feature_width};
+  }
+
   template <class Scratch>
-  LocalState<Real> take_state(Scratch& scratch) const {
-    // S has rows up to feature_width so that its transpose has whole vectors.
-    return {scratch.template take<Real>(feature_width * value_width),
-            scratch.template take<Real>(feature_width)};
+  LocalStates<Real> take_states(Scratch& scratch, int64_t count) const {
+    return states_at(scratch.template take<Real>(count * state_stride()));
   }
 
   void clear(LocalState<Real> state) const {

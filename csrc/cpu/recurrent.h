@@ -38,7 +38,7 @@ class Recurrent : private Call<Real> {
     Base::for_heads([&](const Sequence& s, int64_t h) {
       Scratch scratch;
       const Token token(n_, scratch);
-      const auto state = n_.take_state(scratch);
+      const auto state = n_.take_states(scratch, 1)[0];
       n_.read(a_.initial, Base::head(s, h), state);
       for (int64_t i = 0; i < s.keys.count; ++i) {
         if (p_.needs_grad && i > 0)
@@ -65,40 +65,40 @@ class Recurrent : private Call<Real> {
 
   void advance(const Sequence& s, int64_t h, int64_t t, LocalState<Real> state, int64_t ld,
                const Token& token) const {
-    const int64_t key = s.key_begin + t, query = s.query_begin + t;
-    const MaskRow mask = Base::mask_at(s.batch, key);
+    const MaskRow mask = Base::mask_at(s.batch, s.key_begin + t);
     Real inverse_norm;
-    phi_.of_keys(a_.key, a_.key.offset(s.batch, h, key), 1, mask, {}, token.phi_k, &inverse_norm);
-    const auto value = read_values(a_.value, a_.value.offset(s.batch, h, key), p_.dtype, 1,
-                                   n_.values, mask, token.value, n_.value_width);
+    Base::read_keys(s, {h, h + 1}, t, 1, mask, {token.phi_k, n_.feature_width, 0});
+    Base::read_values(s, {h, h + 1}, t, 1, mask, {token.value, n_.value_width, 0});
+    phi_.of_keys(1, mask, {}, token.phi_k, &inverse_norm);
     for (int64_t f = 0; f < n_.features; ++f) state.z[f] += token.phi_k[f];
     for (int64_t q = h * n_.group; q < (h + 1) * n_.group; ++q) {
-      phi_.of_queries(a_.query, a_.query.offset(s.batch, q, query), 1, token.phi_q, &inverse_norm);
+      Base::read_queries(s, {q, q + 1}, t, 1, {token.phi_q, n_.feature_width, 0});
+      phi_.of_queries(1, token.phi_q, &inverse_norm);
       if (q == h * n_.group)
-        update_and_read<true>(state.S, ld, value.data, token);
+        update_and_read<true>(state.S, ld, token);
       else
-        update_and_read<false>(state.S, ld, value.data, token);
+        update_and_read<false>(state.S, ld, token);
       if (Base::divides()) {
         Real den = 0;
         for (int64_t f = 0; f < n_.features; ++f) den += token.phi_q[f] * state.z[f];
         scale_row(token.out, inverse_denominator<Real>(den, p_.eps), n_.value_width);
       }
-      write_row(a_.out, a_.out.offset(s.batch, q, query), p_.dtype, n_.values, token.out);
+      write_row(a_.out, a_.out.offset(s.batch, q, s.query_begin + t), p_.dtype, n_.values, token.out);
     }
   }
 
   // out = phi(q) S, after S += phi(k) v^T where `Update`.
   template <bool Update>
-  void update_and_read(Real* S, int64_t ld, const Real* value, const Token& token) const {
+  void update_and_read(Real* S, int64_t ld, const Token& token) const {
     int64_t j = 0;
     for (; j + kVectors * L <= n_.values; j += kVectors * L)
-      columns<Update, kVectors>(S + j, ld, value + j, token, token.out + j);
+      columns<Update, kVectors>(S + j, ld, token.value + j, token, token.out + j);
     for (; j + L <= n_.values; j += L)
-      columns<Update, 1>(S + j, ld, value + j, token, token.out + j);
+      columns<Update, 1>(S + j, ld, token.value + j, token, token.out + j);
     for (; j < n_.values; ++j) {
       Real out = 0;
       for (int64_t f = 0; f < n_.features; ++f) {
-        if (Update) S[f * ld + j] += token.phi_k[f] * value[j];
+        if (Update) S[f * ld + j] += token.phi_k[f] * token.value[j];
         out += token.phi_q[f] * S[f * ld + j];
       }
       token.out[j] = out;

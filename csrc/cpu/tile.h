@@ -94,13 +94,6 @@ void write_row(const Strided& target, int64_t offset, DType dtype, int64_t n,
   for (; i < n; ++i) write_element(target.data, offset + i * target.feature, dtype, row[i]);
 }
 
-template <class Real>
-void write_tile(const Strided& target, int64_t offset, DType dtype, int64_t rows, int64_t n,
-                const Real* tile, int64_t ld) {
-  for (int64_t r = 0; r < rows; ++r)
-    write_row(target, offset + r * target.token, dtype, n, tile + r * ld);
-}
-
 // Bytes of the key mask of one run of tokens; absent: everybody takes part.
 struct MaskRow {
   const uint8_t* data = nullptr;
@@ -109,27 +102,46 @@ struct MaskRow {
   FASTATTN_INLINE bool keeps(int64_t token) const { return !data || data[token * stride]; }
 };
 
-// A tile that may lie in the user's own memory: no copy where the layout already fits.
+// Tiles of neighbouring heads, one after another: rows of `width` numbers, a tile every `size`.
 template <class Real>
-struct TileView {
-  const Real* data;
-  int64_t ld;
+struct Tiles {
+  Real* data;
+  int64_t width, size;
+
+  Real* operator[](int64_t head) const { return data + head * size; }
 };
 
-// Rows of values. A masked key's value is read as zero, so that nothing in it (a NaN) can spread.
+// Neighbouring heads [begin, end).
+struct HeadBlock {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+};
+
+// Reads n numbers a row, for `rows` tokens of every head of a block. Tokens are the outer loop: in
+// (B, N, H, D) memory the heads of a token lie side by side, and walking one head alone would touch
+// a fraction of a page, and the same few cache sets, token after token. Rows of masked keys are
+// read as zeros, so that nothing in them (a NaN) can spread.
 template <class Real>
-TileView<Real> read_values(const Strided& source, int64_t offset, DType dtype, int64_t rows,
-                           int64_t n, MaskRow mask, Real* tile, int64_t ld) {
-  constexpr DType own = sizeof(Real) == 8 ? DType::f64 : DType::f32;
-  if (dtype == own && source.feature == 1 && n == ld && !mask.data)
-    return {static_cast<const Real*>(source.data) + offset, source.token};
-  for (int64_t r = 0; r < rows; ++r) {
-    if (mask.keeps(r))
-      read_row(source, offset + r * source.token, dtype, n, tile + r * ld, ld);
-    else
-      for (int64_t i = 0; i < ld; ++i) tile[r * ld + i] = 0;
-  }
-  return {tile, ld};
+void read_tiles(const Strided& source, int64_t batch, HeadBlock heads, int64_t token, int64_t rows,
+                DType dtype, int64_t n, MaskRow mask, Tiles<Real> tiles) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t h = heads.begin; h < heads.end; ++h) {
+      Real* row = tiles[h - heads.begin] + r * tiles.width;
+      if (mask.keeps(r))
+        read_row(source, source.offset(batch, h, token + r), dtype, n, row, tiles.width);
+      else
+        for (int64_t i = 0; i < tiles.width; ++i) row[i] = 0;
+    }
+}
+
+template <class Real>
+void write_tiles(const Strided& target, int64_t batch, HeadBlock heads, int64_t token, int64_t rows,
+                 DType dtype, int64_t n, Tiles<Real> tiles) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t h = heads.begin; h < heads.end; ++h)
+      write_row(target, target.offset(batch, h, token + r), dtype, n,
+                tiles[h - heads.begin] + r * tiles.width);
 }
 
 // ---- small vector helpers -----------------------------------------------------------------------
