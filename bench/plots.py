@@ -45,14 +45,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
             cases = [c for c in long if c["pass"] == pass_ and c["causal"] == causal]
             _panel(axis, cases, f"{title}, {kind}", handles)
         line[0].set_ylabel("time of one call")
+    lengths = sorted({case["length"] for case in long})
     for axis in axes[-1]:
         axis.set_xlabel("tokens")
-    machine = result["machine"]
+        axis.set_xticks(lengths, [_tokens(n) for n in lengths])
+    # The second, empty line keeps room for the machine in smaller type.
+    title = f"Time of one call against length: batch 1, {long[0]['heads']} heads of "
     figure.suptitle(
-        f"Time against length: batch 1, {long[0]['heads']} heads of {long[0]['head_dim']}",
-        fontsize=15,
-        fontweight="bold",
-        color=_INK,
+        f"{title}{long[0]['head_dim']}\n",
+        **{"x": 0.008, "ha": "left", "fontsize": 15, "fontweight": "bold", "color": _INK},
     )
     figure.legend(
         handles.values(),
@@ -61,11 +62,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         ncols=len(handles),
         frameon=False,
     )
+    machine, height = result["machine"], figure.get_figheight()
     where = (
         f"{machine['processor']}, {machine['threads']} threads, {machine['isa']}, "
         f"torch {machine['versions'].get('torch')}, fastattn {machine['fastattn']}"
     )
-    figure.text(0.995, 0.985, where, ha="right", va="top", fontsize=8, color="#777777")
+    figure.text(0.008, 1 - 0.42 / height, where, va="top", fontsize=9.5, color="#777777")
     figure.savefig(path)
 
 
@@ -85,8 +87,6 @@ def _panel(axis: Axes, cases: list[dict[str, Any]], title: str, handles: dict[st
     axis.set_title(title, loc="left", fontsize=11, color=_INK)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    lengths = sorted({case["length"] for case in cases})
-    axis.set_xticks(lengths, [_tokens(n) for n in lengths])
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(lambda value, _: _seconds(value))
     axis.grid(True, which="major", color="#e6e6e6", linewidth=0.8)
@@ -119,6 +119,7 @@ def _say_ratio(axis: Axes, cases: list[dict[str, Any]]) -> None:
     axis.annotate(
         f"{high / low:.0f}x", (length, (low * high) ** 0.5), xytext=(6, 0),
         textcoords="offset points", va="center", fontsize=11, fontweight="bold", color=_BLUE,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.8},
     )  # fmt: skip
 
 
