@@ -1,0 +1,86 @@
+"""explain(): which backend and kernel a call takes, and why not the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+
+from fastattn import backends, explain, linear_attention
+from fastattn.ops.problem import Problem
+from tests.conftest import require_backend
+
+
+def test_names_the_choice_and_everybody_elses_reason() -> None:
+    require_backend("cpu")
+    x = torch.randn(2, 4, 100, 64, requires_grad=True)
+    explanation = explain(x, x, x, is_causal=True)
+    assert explanation.backend == "cpu"
+    assert explanation.kernel
+    assert [candidate.backend for candidate in explanation.candidates] == backends.names()
+    text = str(explanation)
+    assert "causal, elu, float32 on cpu: batch 2, heads 4, tokens 100, sizes 64 and 64" in text
+    assert "gradients" in text
+    lines = text.splitlines()
+    assert any(line.startswith("cpu") and line.endswith("<- chosen") for line in lines)
+    assert any(line.startswith("reference") and "quadratic" in line for line in lines)
+
+
+def test_a_named_backend() -> None:
+    x = torch.randn(1, 1, 4, 4)
+    assert explain(x, x, x, backend="reference", form="recurrent").kernel == "recurrent"
+
+
+def test_a_backend_that_cannot_gives_its_reason() -> None:
+    x = torch.randn(1, 1, 4, 4, device="meta")
+    explanation = explain(x, x, x, backend="cpu")
+    assert explanation.backend is None
+    assert explanation.kernel is None
+    assert "'meta'" in (explanation.candidates[0].why_not or "")
+    assert "chosen" not in str(explanation)
+
+
+def test_takes_a_problem() -> None:
+    x = torch.randn(1, 2, 30, 8)
+    problem = explain(x, x, x).problem
+    assert explain(problem) == explain(x, x, x)
+    on_gpu = explain(dataclasses.replace(problem, device_type="cuda"))
+    assert on_gpu.backend == "reference"
+
+
+def test_refuses_what_the_call_refuses() -> None:
+    x = torch.randn(1, 2, 30, 8)
+    with pytest.raises(ValueError, match="eps must be positive"):
+        explain(x, x, x, eps=-1)
+
+
+def test_computes_nothing() -> None:
+    x = torch.full((1, 2, 30, 8), torch.nan)
+    assert isinstance(explain(x, x, x).problem, Problem)
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the native library had not been built."""
+    load = backends.load
+    missing = "the native library is not built: No module named 'fastattn._native'"
+    monkeypatch.setattr(backends, "load", lambda name: missing if name == "cpu" else load(name))
+    backends._choose.cache_clear()
+    backends._warn_once.cache_clear()
+    yield
+    backends._choose.cache_clear()
+
+
+def test_falling_back_to_the_reference_warns_once(without_native: None) -> None:
+    x = torch.randn(1, 2, 31, 8)
+    with pytest.warns(UserWarning, match=r"slow reference backend.*native library is not built"):
+        linear_attention(x, x, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linear_attention(x, x, x)
+        linear_attention(x[:, :, 1:], x, x)
+    assert "not built" in str(explain(x, x, x))
+    with pytest.raises(ValueError, match=r"backend='cpu' cannot .*not built"):
+        linear_attention(x, x, x, backend="cpu")
