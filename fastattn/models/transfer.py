@@ -1,0 +1,81 @@
+"""Attention transfer: fit linear attention, layer by layer, to the softmax attention it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from fastattn.models.attention import NAME, keep_2d_mask, key_mask, linear, softmax
+from fastattn.models.families import attention_modules
+
+TRANSFER = "fastattn_transfer"
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@contextmanager
+def attention_transfer(
+    model: nn.Module,
+) -> Iterator[Callable[[nn.Module, dict[str, Tensor]], Tensor]]:
+    """Within it, softmax attention flows through ``model`` and only the feature maps require
+    gradients; yields the loss: the squared error of each layer's linear attention output relative
+    to the variance of the softmax output, summed over layers."""
+    losses: list[Tensor] = []
+
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        mask = key_mask(attention_mask)
+        target = softmax(query, key, value, mask, scaling)
+        if not module.fastattn_softmax:
+            with torch.enable_grad():
+                got = linear(module, query.detach(), key.detach(), value.detach(), mask)
+                losses.append(relative_error(got.float(), target.float(), mask))
+        return target.transpose(1, 2), None
+
+    AttentionInterface.register(TRANSFER, forward)
+    AttentionMaskInterface.register(TRANSFER, keep_2d_mask)
+    maps = {
+        id(p)
+        for m in attention_modules(model)
+        for n in ("query_feature_map", "key_feature_map")
+        if hasattr(m, n)
+        for p in getattr(m, n).parameters()
+    }
+    required = {p: p.requires_grad for p in model.parameters()}
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        losses.clear()
+        with torch.no_grad():
+            model(**{name: batch[name] for name in INPUTS if name in batch})
+        return torch.stack(losses).sum()
+
+    try:
+        model.set_attn_implementation(TRANSFER)
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in maps)
+        yield loss
+    finally:
+        model.set_attn_implementation(NAME)
+        for parameter, was in required.items():
+            parameter.requires_grad_(was)
+
+
+def relative_error(got: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Squared error over the variance across tokens, both over the tokens that take part."""
+    weight = (
+        torch.ones_like(target[:, :1, :, :1]) if mask is None else mask[:, None, :, None].to(target)
+    )
+    mean = (target * weight).sum((0, 2), keepdim=True) / weight.sum()
+    variance = ((target - mean).square() * weight).sum()
+    return ((got - target).square() * weight).sum() / variance.clamp_min(1e-6)

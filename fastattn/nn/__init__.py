@@ -1,0 +1,1 @@
+"""Modules: learned feature maps."""
