@@ -1,11 +1,15 @@
 """``attn_implementation="fastattn_linear"``: transformers' attention interface onto our op.
 
 The mask function hands the 2-D padding mask on as it is (without one registered, transformers
-would silently pass no mask at all); the attention function turns it into a key mask.
+would silently pass no mask at all); the attention function turns it into a key mask. Layers that
+keep softmax (left out of ``linearize``, or local by design) run it here as well, so that one
+model has one attention implementation.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from fastattn.models.families import ATTENTION_CLASSES, is_supported
 from fastattn.ops import linear_attention
 
 NAME = "fastattn_linear"
@@ -20,7 +25,13 @@ DEFAULT_MAP = "elu"
 
 
 def keep_2d_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The padding mask (B, M), unchanged."""
+    """The padding mask (B, M), unchanged.
+
+    Raises:
+        NotImplementedError: the model adds rules of its own about which token sees which.
+    """
+    if kwargs.get("use_vmap"):
+        raise NotImplementedError("linear attention takes a padding mask, no other mask function")
     return attention_mask
 
 
@@ -31,24 +42,39 @@ def linear_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """(B, H, N, D) projections to the output (B, N, H, D); linear or, for a layer that was left
-    out of ``linearize``, softmax."""
+    """transformers' attention function: (B, H, N, D) projections to (B, N, H, D) and no weights.
+
+    Args:
+        attention_mask: the padding mask (B, M), nonzero where a token takes part.
+        scaling, dropout: of the layers that keep softmax; linear attention has no use for them.
+        sliding_window: such layers (ModernBERT's) keep softmax, in blocks: they are linear in the
+            length already.
+    """
     if kwargs.get("output_attentions"):
-        raise NotImplementedError("linear attention has no weights: output_attentions must be off")
-    if kwargs.get("sliding_window") is not None:
-        raise NotImplementedError("linear attention can't attend to a sliding window")
+        raise NotImplementedError(
+            "linear attention never forms its weights: call the model without "
+            "output_attentions=True, or restore softmax attention with fastattn.restore(model)"
+        )
+    _check_module(module)
     mask = key_mask(attention_mask)
-    if getattr(module, "fastattn_softmax", False):
-        return softmax(query, key, value, mask, scaling).transpose(1, 2), None
-    return linear(module, query, key, value, mask).transpose(1, 2), None
+    if sliding_window is not None:
+        reach = sliding_window - 1  # transformers counts the token itself
+        out = local_softmax(query, key, value, mask, reach, scaling, dropout)
+    elif getattr(module, "fastattn_feature_map", DEFAULT_MAP) is None:
+        out = softmax(query, key, value, mask, scaling, dropout)
+    else:
+        if dropout and not torch.compiler.is_compiling():
+            _say_no_dropout()
+        out = linear(module, query, key, value, mask)
+    return out.transpose(1, 2), None
 
 
-def linear(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> Tensor:
-    """Linear attention of one module, with its learned feature maps if it has them."""
+def linear(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Linear attention of one module, with its own feature maps if it has them."""
     query_map = getattr(module, "query_feature_map", None)
     if query_map is not None:
         query, key, name = query_map(query), module.key_feature_map(key), "features"
@@ -59,10 +85,60 @@ def linear(
 
 
 def softmax(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float = 0.0,
 ) -> Tensor:
+    """Softmax attention under a key mask (B, M)."""
     mask = None if mask is None else mask[:, None, None, :]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout
+    )
+
+
+def local_softmax(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    reach: int,
+    scaling: float | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax attention of each token to those at most ``reach`` away, in time linear in N.
+
+    The queries of a block of ``reach`` tokens see keys of their own block and its two neighbours.
+    """
+    batch, _, tokens, _ = query.shape
+    blocks = (tokens + reach - 1) // reach
+    after = blocks * reach - tokens
+    device = query.device
+    if mask is None:
+        mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+
+    def windows(x: Tensor) -> Tensor:  # (B, H, tokens, D) to (B blocks, H, 3 reach, D)
+        padded = F.pad(x, (0, 0, reach, reach + after))
+        return padded.unfold(2, 3 * reach, reach).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    seen = F.pad(mask, (reach, reach + after), value=False).unfold(1, 3 * reach, reach)
+    at = torch.arange(3 * reach, device=device) - reach
+    at = at - torch.arange(reach, device=device).unsqueeze(1)  # of the key, seen from the query
+    # A token always sees itself: rows without any key would be NaN.
+    allowed = ((at.abs() <= reach) & seen[:, :, None, :]) | (at == 0)
+    in_blocks = F.pad(query, (0, 0, 0, after)).unflatten(2, (blocks, reach))
+    out: Tensor = F.scaled_dot_product_attention(
+        in_blocks.transpose(1, 2).flatten(0, 1),
+        windows(key),
+        windows(value),
+        attn_mask=allowed.flatten(0, 1).unsqueeze(1),
+        scale=scaling,
+        dropout_p=dropout,
+    )
+    out = out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
+    return out[:, :, :tokens]
 
 
 def key_mask(attention_mask: Tensor | None) -> Tensor | None:
@@ -75,6 +151,27 @@ def key_mask(attention_mask: Tensor | None) -> Tensor | None:
             f"{tuple(attention_mask.shape)}: which token sees which can't be chosen"
         )
     return attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+
+
+def _check_module(module: nn.Module) -> None:
+    name = type(module).__name__
+    if "CrossAttention" in name:
+        raise NotImplementedError(f"cross-attention ({name}) has no linear attention")
+    if not is_supported(module):
+        raise NotImplementedError(
+            f"{name} has no linear attention; supported: {', '.join(ATTENTION_CLASSES.values())}"
+        )
+    if getattr(module, "is_causal", False):
+        raise NotImplementedError(f"{name} is causal (config.is_decoder): decoders have no support")
+
+
+@functools.cache
+def _say_no_dropout() -> None:
+    warnings.warn(
+        "linear attention has no attention weights to drop: the model's attention dropout has no "
+        "effect in its linear layers",
+        stacklevel=2,
+    )
 
 
 AttentionInterface.register(NAME, linear_forward)

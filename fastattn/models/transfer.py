@@ -1,4 +1,4 @@
-"""Attention transfer: fit linear attention, layer by layer, to the softmax attention it replaces."""
+"""Attention transfer: fit linear attention, layer by layer, to the softmax it replaces."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fastattn.models.attention import NAME, keep_2d_mask, key_mask, linear, softmax
+from fastattn.models.conversion import MAPS, MARK
 from fastattn.models.families import attention_modules
 
 TRANSFER = "fastattn_transfer"
@@ -19,7 +20,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 @contextmanager
 def attention_transfer(
-    model: nn.Module,
+    model: PreTrainedModel,
 ) -> Iterator[Callable[[nn.Module, dict[str, Tensor]], Tensor]]:
     """Within it, softmax attention flows through ``model`` and only the feature maps require
     gradients; yields the loss: the squared error of each layer's linear attention output relative
@@ -37,7 +38,7 @@ def attention_transfer(
     ) -> tuple[Tensor, None]:
         mask = key_mask(attention_mask)
         target = softmax(query, key, value, mask, scaling)
-        if not module.fastattn_softmax:
+        if getattr(module, MARK) is not None:
             with torch.enable_grad():
                 got = linear(module, query.detach(), key.detach(), value.detach(), mask)
                 losses.append(relative_error(got.float(), target.float(), mask))
@@ -48,7 +49,7 @@ def attention_transfer(
     maps = {
         id(p)
         for m in attention_modules(model)
-        for n in ("query_feature_map", "key_feature_map")
+        for n in MAPS
         if hasattr(m, n)
         for p in getattr(m, n).parameters()
     }

@@ -1,18 +1,29 @@
-"""Learned feature maps: modules that turn queries or keys into non-negative features.
+"""Feature maps that are learned, random or know positions: modules run outside the kernels.
 
-They run outside the kernels and are passed on as features (``feature_map="features"``).
+They turn queries or keys into non-negative features, which ``linear_attention`` takes as they are
+(``feature_map="features"``). The fused maps, which have nothing to learn, are in
+``fastattn.feature_maps``.
+
+    name        features                                        source
+    ----------  ----------------------------------------------  ----------------------------------
+    hedgehog    softmax over [Wx, -Wx]                          Zhang et al. 2024, arXiv 2402.04347
+    t2r         relu(Wx + b)                                    Kasai et al. 2021, arXiv 2103.13076
+    performer   exp(wx - |x|^2 / 2), w random and orthogonal    Choromanski et al. 2021, 2009.14794
+    cosformer   relu(x) times cos and sin of the position       Qin et al. 2022, arXiv 2202.08791
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-MAX_FEATURES = 256  # what the kernels take
+from fastattn.ops.check import MAX_DIM  # what the kernels take
 
 
 class Hedgehog(nn.Module):
-    """softmax over [Wx, -Wx] with one W (D, F/2) per head (Zhang et al. 2024, Hedgehog).
+    """softmax over [Wx, -Wx] with one W (D, F/2) per head.
 
     W starts as the identity beside random directions. Twice the features of the paper are the
     default: measured on SST-2, the predictions' divergence from softmax attention fell by 15-20 %.
@@ -27,9 +38,11 @@ class Hedgehog(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, features: int | None = None) -> None:
         super().__init__()
-        columns = (features or min(4 * head_dim, MAX_FEATURES)) // 2
-        generator = torch.Generator().manual_seed(0)
-        random = torch.randn(head_dim, columns, generator=generator, device="cpu") / head_dim**0.5
+        features = _check_features(features, min(4 * head_dim, MAX_DIM))
+        if features % 2:
+            raise ValueError(f"features must be even, half of them for Wx and -Wx; got {features}")
+        columns = features // 2
+        random = _randn(head_dim, columns) / head_dim**0.5
         random[:, :head_dim] = torch.eye(head_dim, device="cpu")[:, :columns]
         self.weight = nn.Parameter(random.repeat(num_heads, 1, 1))
 
@@ -39,21 +52,146 @@ class Hedgehog(nn.Module):
 
 
 class T2R(nn.Module):
-    """relu(Wx + b), one W (D, F) and b (F) per head (Kasai et al. 2021, T2R).
+    """relu(Wx + b), one W (D, F) and b (F) per head.
 
     Args and shape as ``Hedgehog``; default 2 D features.
     """
 
     def __init__(self, num_heads: int, head_dim: int, features: int | None = None) -> None:
         super().__init__()
-        columns = features or min(2 * head_dim, MAX_FEATURES)
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(num_heads, head_dim, columns, generator=generator, device="cpu")
-        self.weight = nn.Parameter(weight / head_dim**0.5)
+        columns = _check_features(features, min(2 * head_dim, MAX_DIM))
+        self.weight = nn.Parameter(_randn(num_heads, head_dim, columns) / head_dim**0.5)
         self.bias = nn.Parameter(torch.zeros(num_heads, 1, columns))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(torch.matmul(x, self.weight.to(x.dtype)) + self.bias.to(x.dtype))
 
 
-LEARNED: dict[str, type[Hedgehog] | type[T2R]] = {"hedgehog": Hedgehog, "t2r": T2R}
+class Performer(nn.Module):
+    """FAVOR+: positive orthogonal random features, an unbiased estimate of exp(q.k / sqrt(D)).
+
+    phi(x) = (exp(w_r.x' - |x'|^2 / 2) + 1e-4)_r / sqrt(F) with x' = x / D^(1/4); the w_r are
+    Gaussian, orthogonal within blocks of D. Computed in float32.
+
+    Args:
+        num_heads, head_dim: H and D of the input (B, H, N, D); all heads share the directions.
+        features: F; default 4 D, at most 256.
+        is_query: divide each token's features by their largest, which cancels in the quotient.
+            Keys can't be treated so; their exponents are cut off where sums could overflow.
+        seed: of the directions. Queries and keys need the same ones.
+
+    Shape:
+        (B, H, N, D) to (B, H, N, F), in the dtype of the input.
+    """
+
+    directions: Tensor
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        features: int | None = None,
+        *,
+        is_query: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        features = _check_features(features, min(4 * head_dim, MAX_DIM))
+        self.is_query = is_query
+        self.register_buffer("directions", orthogonal_directions(features, head_dim, seed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            scaled = x.float() * x.shape[-1] ** -0.25
+            exponent = torch.matmul(scaled, self.directions.float().T)
+            if self.is_query:  # |x'|^2 / 2 is common to the token's features as well
+                features = torch.exp(exponent - exponent.detach().amax(-1, keepdim=True))
+            else:
+                exponent = exponent - scaled.square().sum(-1, keepdim=True) / 2
+                largest = 40.0 if x.dtype != torch.float16 else 10.0  # exp(11.1) is its largest
+                features = torch.exp(exponent.clamp(max=largest))
+            normal: float = self.directions.shape[0] ** -0.5
+            return ((features + 1e-4) * normal).to(x.dtype)
+
+
+class Cosformer(nn.Module):
+    """[relu(x) cos(pi i / 2M), relu(x) sin(pi i / 2M)] of token i: attention falls with distance.
+
+    phi(q_i).phi(k_j) = relu(q_i).relu(k_j) cos(pi (i - j) / 2M). M is fixed, so that padding and
+    batching change nothing; it is the longest input.
+
+    Args:
+        num_heads, head_dim: as ``Hedgehog``; D at most 128, because there are 2 D features.
+        max_length: M.
+
+    Shape:
+        (B, H, N, D) to (B, H, N, 2 D), N at most ``max_length``.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, *, max_length: int) -> None:
+        super().__init__()
+        _check_features(2 * head_dim, 2 * head_dim)
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1; got {max_length}")
+        self.max_length = max_length
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.shape[-2]
+        if tokens > self.max_length:
+            raise ValueError(
+                f"input has {tokens} tokens, more than max_length={self.max_length} of this map"
+            )
+        position = torch.arange(tokens, device=x.device, dtype=torch.float32)
+        angle = (position * (math.pi / 2 / self.max_length)).unsqueeze(-1)
+        positive = torch.relu(x)
+        return torch.cat([positive * angle.cos(), positive * angle.sin()], -1).to(x.dtype)
+
+
+LEARNED = ("hedgehog", "t2r", "performer")  # what a trained model can be given
+NAMES = (*LEARNED, "cosformer")
+
+
+def make_pair(
+    name: str, num_heads: int, num_kv_heads: int, head_dim: int, max_length: int | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """The map of the queries and that of the keys; ``max_length`` is for "cosformer"."""
+    if name == "hedgehog":
+        return Hedgehog(num_heads, head_dim), Hedgehog(num_kv_heads, head_dim)
+    if name == "t2r":
+        return T2R(num_heads, head_dim), T2R(num_kv_heads, head_dim)
+    if name == "performer":
+        query_map = Performer(num_heads, head_dim, is_query=True)
+        return query_map, Performer(num_kv_heads, head_dim)
+    if name == "cosformer":
+        if max_length is None:
+            raise ValueError("feature_map='cosformer' needs max_length, the longest input")
+        both = Cosformer(num_heads, head_dim, max_length=max_length)
+        return both, both
+    raise ValueError(f"feature_map must be one of {', '.join(map(repr, NAMES))}; got {name!r}")
+
+
+def orthogonal_directions(features: int, head_dim: int, seed: int = 0) -> Tensor:
+    """(F, D) Gaussian vectors, orthogonal within blocks of D, float32 on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = []
+    for _ in range(-(-features // head_dim)):
+        gaussian = torch.randn(head_dim, head_dim, generator=generator, device="cpu")
+        orthogonal, triangular = torch.linalg.qr(gaussian.double())
+        # The signs make the distribution uniform over rotations (Mezzadri 2007).
+        blocks.append(orthogonal * triangular.diagonal().sign())
+    lengths = torch.randn(features, head_dim, generator=generator, device="cpu").norm(dim=-1)
+    directions: Tensor = torch.cat(blocks)[:features] * lengths.unsqueeze(-1)
+    return directions.float()
+
+
+def _check_features(features: int | None, default: int) -> int:
+    features = default if features is None else features
+    if not 1 <= features <= MAX_DIM:
+        raise ValueError(f"features must be between 1 and {MAX_DIM}; got {features}")
+    return features
+
+
+def _randn(*shape: int) -> Tensor:
+    """The same numbers on every machine, also where the default device is "meta"."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*shape, generator=generator, device="cpu")

@@ -1,0 +1,94 @@
+"""Checkpoints of linearised models: ``from_pretrained`` gives them back whole, or refuses.
+
+transformers does not save which attention a model runs, so a linearised checkpoint would come back
+with softmax. ``linearize`` therefore writes two fields into ``config.json``: ``fastattn``, what it
+was asked for, and ``attn_implementation``, which transformers does read. Without fastattn that
+name is unknown and building the model fails. With fastattn imported the hook below, run when a
+model has been built and before its weights are read, adds the feature maps.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fastattn.models.attention import NAME
+from fastattn.models.conversion import FIELD, MARK, add_maps, check_settings, is_linear, record
+from fastattn.models.families import attention_modules
+
+
+def load(path: str | Path, **options: Any) -> Any:
+    """The linearised model that ``save_pretrained`` left in ``path``, in evaluation mode.
+
+    Like ``from_pretrained`` of the class that was saved, but a checkpoint that is no linearised
+    one, or whose weights are not exactly those of its model, is an error.
+
+    Args:
+        path: a folder, or whatever else ``from_pretrained`` takes.
+        options: of ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
+
+    Raises:
+        ValueError: no linearised checkpoint, or its weights don't fit its configuration.
+        OSError: nothing there.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(path, **options)
+    if config.get(FIELD) is None:
+        raise ValueError(f"{path} holds no linearised model: load it with from_pretrained")
+    architecture = (config.get("architectures") or ["none"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ValueError(f"{path} holds a model of unknown class: {architecture}")
+    model, report = model_class.from_pretrained(path, output_loading_info=True, **options)
+    for kind, keys in report.items():
+        if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            shown = ", ".join(str(key) for key in sorted(keys, key=str)[:5])
+            raise ValueError(f"the weights in {path} don't fit: {kind.replace('_', ' ')} {shown}")
+    return model
+
+
+def complete(model: PreTrainedModel) -> None:
+    """Give a model that has just been built from a linearised configuration its feature maps.
+
+    Raises:
+        NotImplementedError: linear attention was asked for and the model can't have it.
+        ValueError: a linearised configuration with another attention, or a damaged one.
+    """
+    config: Any = model.config
+    linear = config._attn_implementation == NAME
+    if not is_linear(config):
+        if linear:
+            attention_modules(model)  # raises where the name would be ignored
+        return
+    if not linear:
+        raise ValueError(
+            f"this checkpoint was linearised; it can't be loaded with attn_implementation="
+            f"{config._attn_implementation!r}: leave that out, and for softmax attention call "
+            "fastattn.restore(model) afterwards"
+        )
+    settings = getattr(config, FIELD)
+    if not isinstance(settings, dict) or set(settings) != {"feature_map", "layers"}:
+        raise ValueError(f"config.json has a damaged field {FIELD!r}: {settings!r}")
+    record(config, settings)  # transformers has read attn_implementation and dropped it
+    if not all(hasattr(module, MARK) for module in attention_modules(model)):
+        add_maps(model, **check_settings(model, **settings))
+
+
+def install() -> None:
+    """Have ``complete`` run at the end of every transformers model's construction."""
+    post_init: Any = PreTrainedModel.post_init
+    if hasattr(post_init, "__wrapped__"):
+        return
+
+    @functools.wraps(post_init)
+    def post_init_and_complete(self: PreTrainedModel) -> None:
+        post_init(self)
+        complete(self)
+
+    PreTrainedModel.post_init = post_init_and_complete  # type: ignore[method-assign]
+
+
+install()
