@@ -59,8 +59,8 @@ inline std::vector<Sequence> sequences_of(const Problem& problem, const Argument
 }
 
 // Elements that forward hands to backward. Causal: the state at the start of every segment but a
-// sequence's first. Non-causal: the final state of every head, and for `efficient` the maximum and
-// inverse sum of every feature. A function of the problem alone, so packed causal takes the bound.
+// sequence's first. Non-causal: the final state of every head, and for `efficient` the maximum of
+// every feature. A function of the problem alone, so packed causal takes the bound.
 inline int64_t saved_size(const Problem& problem) {
   if (!problem.needs_grad) return 0;
   if (problem.is_causal) {
@@ -71,7 +71,7 @@ inline int64_t saved_size(const Problem& problem) {
     return anchors * problem.num_kv_heads * problem.state_size();
   }
   const int64_t statistics =
-      problem.feature_map == FeatureMap::efficient ? 2 * problem.feature_dim() : 0;
+      problem.feature_map == FeatureMap::efficient ? problem.feature_dim() : 0;
   return problem.state_batch() * problem.num_kv_heads * (problem.state_size() + statistics);
 }
 

@@ -143,7 +143,7 @@ class CPUBackend:
         F, M = problem.feature_dim, problem.key_length
         state_size = F * (problem.value_dim + 1)
         if not problem.is_causal:
-            statistics = 2 * F if problem.feature_map == "efficient" else 0
+            statistics = F if problem.feature_map == "efficient" else 0
             return problem.state_batch * problem.num_kv_heads * (state_size + statistics)
         if problem.num_sequences is not None:
             anchors = M // _SEGMENT_TOKENS
@@ -167,7 +167,9 @@ class CPUBackend:
             heads = (problem.state_batch, problem.num_kv_heads, problem.feature_dim)
             S = torch.empty((*heads, problem.value_dim), dtype=sums)
             z = torch.empty(heads, dtype=sums)
-        saved = torch.empty(self.saved_size(problem), dtype=sums)
+        # Causal: packed sequences may need fewer states than the bound; the rest is not left to chance.
+        new_saved = torch.zeros if problem.is_causal else torch.empty
+        saved = new_saved(self.saved_size(problem), dtype=sums)
         numbers = (*_inputs(inputs), *_strided(out), *_state(S, z), saved.data_ptr())
         _native.forward(native, numbers, torch.get_num_threads())
         return Outputs(out, S, z, saved)

@@ -340,14 +340,15 @@ def _prepare(
         check.check_number("scale", scale)
         query, key = feature_map(query if scale == 1 else query * scale), feature_map(key)
         feature_map, scale = "features", 1.0
-    if torch.is_autocast_enabled(value.device.type):
+    is_real = isinstance(value, Tensor) and not value.is_meta
+    if is_real and torch.is_autocast_enabled(value.device.type):
         query, key, value = (_autocast(x) for x in (query, key, value))
     return query, key, value, feature_map, scale
 
 
 def _autocast(x: Tensor) -> Tensor:
     """The cast that autocast gives the arguments of ``scaled_dot_product_attention``."""
-    eligible = x.is_floating_point() and x.dtype != torch.float64
+    eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(x.device.type)) if eligible else x
 
 
