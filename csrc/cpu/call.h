@@ -31,6 +31,8 @@ FASTATTN_INLINE Real denominator_slope(Real den, double eps) {
   return den < static_cast<Real>(eps) ? Real{0} : Real{1} / den;
 }
 
+constexpr int64_t kTileRows = 64;  // tokens of a tile
+
 template <class Real>
 class Call {
   static constexpr int64_t kCacheBytes = 640 << 10;  // of L2 that a block of heads may fill
@@ -127,6 +129,38 @@ class Call {
                       Tiles<Real> tiles) const {
     read_tiles(a_.grad_out, s.batch, queries, s.query_begin + t, rows, p_.dtype, n_.values, {},
                tiles);
+  }
+
+  // What the tile of tokens from t on will touch, of one kv head or one query head: asked for while
+  // the present tile is multiplied. `Writes`: also where its results go.
+  template <bool Writes>
+  Lookahead keys_ahead(const Sequence& s, int64_t h, int64_t t) const {
+    Lookahead ahead;
+    const auto add = [&](const Strided& tensor, int64_t n) {
+      ahead.add(tensor, s.batch, h, s.key_begin + t, kTileRows, p_.dtype, n);
+    };
+    if constexpr (Writes) {
+      add(a_.grad_key, p_.head_dim);
+      add(a_.grad_value, n_.values);
+    }
+    add(a_.key, p_.head_dim);
+    add(a_.value, n_.values);
+    return ahead;
+  }
+
+  template <bool Writes>
+  Lookahead queries_ahead(const Sequence& s, int64_t q, int64_t t) const {
+    Lookahead ahead;
+    const auto add = [&](const Strided& tensor, int64_t n) {
+      ahead.add(tensor, s.batch, q, s.query_begin + t, kTileRows, p_.dtype, n);
+    };
+    if constexpr (Writes) {
+      add(a_.out, n_.values);
+      add(a_.grad_query, p_.head_dim);
+    }
+    add(a_.query, p_.head_dim);
+    add(a_.grad_out, n_.values);
+    return ahead;
   }
 
   // body(queries): the query heads of a block, a few at a time where a group is large.

@@ -66,7 +66,8 @@ class Causal : private Call<Real> {
       n_.clear(local);
       for_chunks(s, i, [&](int64_t t, int64_t rows) {
         load_keys(s, block, t, rows, tile);
-        accumulate(0, rows, local, tile);
+        auto ahead = Base::template keys_ahead<false>(s, block.begin, t + kChunk);
+        accumulate(0, rows, local, tile, ahead);
       });
     });
     for_heads([&](const Sequence& s, int64_t h) {
@@ -179,10 +180,13 @@ class Causal : private Call<Real> {
       n_.read(a_.initial, head(s, h), start);
   }
 
-  // Clears scores above the diagonal: the products wrote whole blocks.
+  // Clears scores above the diagonal, as far as a product that starts within a block of rows or a
+  // sum of whole vectors reads them.
   static void keep_lower(Real* scores, int64_t rows) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = r + 1; c < kChunk; ++c) scores[r * kChunk + c] = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t end = std::min(kChunk, padded<Real>(r + kBlockRows + 1));
+      for (int64_t c = r + 1; c < end; ++c) scores[r * kChunk + c] = 0;
+    }
   }
 
   // ---- forward ----------------------------------------------------------------------------------
@@ -234,12 +238,17 @@ class Causal : private Call<Real> {
           const int64_t b = q / n_.group - block.begin;
           if (q == queries.begin || q % n_.group == 0)
             operands = prepare(b, rows, starts[b], locals[b], tile);
-          emit(rows, operands, tile.phi_q[q - queries.begin], tile.out[q - queries.begin], tile);
+          auto ahead = Base::template queries_ahead<true>(s, q, t + kChunk);
+          emit(rows, operands, tile.phi_q[q - queries.begin], tile.out[q - queries.begin], tile,
+               ahead);
         }
         write_tiles(a_.out, s.batch, queries, s.query_begin + t, rows, p_.dtype, n_.values,
                     tile.out);
       });
-      for (int64_t b = 0; b < block.size(); ++b) accumulate(b, rows, locals[b], tile);
+      for (int64_t b = 0; b < block.size(); ++b) {
+        auto ahead = Base::template keys_ahead<false>(s, block.begin + b, t + kChunk);
+        accumulate(b, rows, locals[b], tile, ahead);
+      }
     });
   }
 
@@ -259,11 +268,12 @@ class Causal : private Call<Real> {
   }
 
   // local += phi(k)^T v of the chunk.
-  void accumulate(int64_t b, int64_t rows, LocalState<Real> local, const ForwardTile& tile) const {
+  void accumulate(int64_t b, int64_t rows, LocalState<Real> local, const ForwardTile& tile,
+                  Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     const Element* A = Pack::pair_rows(tile.phi_k[b], rows, fw, fw, tile.phi_k_tokens);
     matmul<Arith, true>(n_.features, vw, Pack::elements(rows), A, 1, fw,
-                        Pack::either(tile.value[b], value_pairs(b, tile)), vw, local.S, vw);
+                        Pack::either(tile.value[b], value_pairs(b, tile)), vw, local.S, vw, ahead);
     for (int64_t r = 0; r < rows; ++r) add(local.z, tile.phi_k[b] + r * fw, fw);
   }
 
@@ -285,7 +295,7 @@ class Causal : private Call<Real> {
 
   // Outputs of the chunk for one query head.
   void emit(int64_t rows, const KeyOperands& operands, Real* phi_q, Real* out,
-            const ForwardTile& tile) const {
+            const ForwardTile& tile, Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     phi_.of_queries(rows, phi_q, tile.inverse_norm);
     const Element* A_query = Pack::pair_columns(phi_q, rows, fw, tile.phi_q_features);
@@ -305,7 +315,7 @@ class Causal : private Call<Real> {
     }
     const Element* A_scores = Pack::pair_columns(tile.scores, rows, kChunk, tile.scores_tokens);
     matmul<Arith, false>(rows, vw, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
-                         operands.state, vw, out, vw);
+                         operands.state, vw, out, vw, ahead);
     matmul_from_lower<Arith>(rows, vw, A_scores, Pack::elements(kChunk), operands.values, vw, out,
                              vw, Pack::per_element);
   }
@@ -388,7 +398,7 @@ class Causal : private Call<Real> {
     const int64_t fw = n_.feature_width, vw = n_.value_width, matrix = tile.matrix;
     for (int64_t b = 0; b < block.size(); ++b) {
       restore(s, block.begin + b, segment, tile.starts[b]);
-      transpose(n_.features, n_.values, tile.starts[b].S, vw, tile.starts_transposed + b * matrix,
+      transpose<Real>(n_.features, n_.values, tile.starts[b].S, vw, tile.starts_transposed + b * matrix,
                 fw);
       zero(tile.locals_transposed + b * matrix, n_.values * fw);
     }
@@ -400,19 +410,21 @@ class Causal : private Call<Real> {
         for (int64_t q = queries.begin; q < queries.end; ++q) {
           const int64_t b = q / n_.group - block.begin, in_block = q - block.begin * n_.group;
           if (q == queries.begin || q % n_.group == 0) {
-            transpose(rows, n_.values, tile.value[b], vw, tile.value_transposed, kChunk);
+            transpose<Real>(rows, n_.values, tile.value[b], vw, tile.value_transposed, kChunk);
             sum_of(tile.state_transposed, tile.starts_transposed + b * matrix,
                    tile.locals_transposed + b * matrix, n_.values * fw);
           }
+          auto ahead = Base::template queries_ahead<true>(s, q, t + kChunk);
           query_gradient(b, q - queries.begin, rows, factors.inverse(in_block, t),
-                         factors.delta(in_block, t), tile);
+                         factors.delta(in_block, t), tile, ahead);
         }
         write_tiles(a_.grad_query, s.batch, queries, s.query_begin + t, rows, p_.dtype,
                     p_.head_dim, tile.dphi_q);
       });
       for (int64_t b = 0; b < block.size(); ++b) {
+        auto ahead = Base::template keys_ahead<false>(s, block.begin + b, t + kChunk);
         matmul<Exact, true>(n_.values, fw, rows, tile.value[b], 1, vw, tile.phi_k[b], fw,
-                            tile.locals_transposed + b * matrix, fw);
+                            tile.locals_transposed + b * matrix, fw, ahead);
         for (int64_t r = 0; r < rows; ++r) add(tile.starts[b].z, tile.phi_k[b] + r * fw, fw);
       }
     });
@@ -421,7 +433,7 @@ class Causal : private Call<Real> {
   // dq of one chunk: through the state before it, then through its own keys. starts[b].z holds z up
   // to the previous chunk. Sets the chunk's row factors.
   void query_gradient(int64_t b, int64_t own, int64_t rows, Real* inverse, Real* delta,
-                      const BackwardTile& tile) const {
+                      const BackwardTile& tile, Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     Real *phi_q = tile.phi_q[own], *g = tile.g[own], *dphi_q = tile.dphi_q[own];
     Real slope[kChunk];
@@ -433,7 +445,8 @@ class Causal : private Call<Real> {
         slope[r] = denominator_slope<Real>(den, p_.eps);
       });
     divide_gradient(rows, inverse, g);
-    matmul<Exact, false>(rows, fw, n_.values, g, vw, 1, tile.state_transposed, fw, dphi_q, fw);
+    matmul<Exact, false>(rows, fw, n_.values, g, vw, 1, tile.state_transposed, fw, dphi_q, fw,
+                         ahead);
     matmul_to_lower<Exact>(rows, n_.values, g, vw, 1, tile.value_transposed, kChunk, tile.scores,
                            kChunk);
     keep_lower(tile.scores, rows);
@@ -479,11 +492,15 @@ class Causal : private Call<Real> {
           phi_.of_queries(rows, phi_q, tile.inverse_norm_q);
           divide_gradient(rows, factors.inverse(in_block, t), g);
           if constexpr (Writes) {
-            if (q % n_.group == 0) key_gradient_of_later_chunks(b, rows, after[b], locals[b], tile);
+            if (q % n_.group == 0) {
+              auto ahead = Base::template keys_ahead<true>(s, block.begin + b, t - kChunk);
+              key_gradient_of_later_chunks(b, rows, after[b], locals[b], tile, ahead);
+            }
             if (q == queries.begin || q % n_.group == 0) transpose_keys_and_values(b, rows, tile);
             key_gradient_of_this_chunk(b, rows, phi_q, g, delta, tile);
           }
-          matmul<Exact, true>(n_.features, vw, rows, phi_q, 1, fw, g, vw, locals[b].S, vw);
+          auto ahead = Base::template queries_ahead<false>(s, q, t - kChunk);
+          matmul<Exact, true>(n_.features, vw, rows, phi_q, 1, fw, g, vw, locals[b].S, vw, ahead);
           if (divides())
             for (int64_t r = 0; r < rows; ++r)
               add_scaled(locals[b].z, phi_q + r * fw, delta[r], fw);
@@ -503,22 +520,23 @@ class Causal : private Call<Real> {
   }
 
   void transpose_keys_and_values(int64_t b, int64_t rows, const BackwardTile& tile) const {
-    transpose(rows, n_.values, tile.value[b], n_.value_width, tile.value_transposed, kChunk);
-    transpose(rows, n_.features, tile.phi_k[b], n_.feature_width, tile.phi_k_transposed, kChunk);
+    transpose<Real>(rows, n_.values, tile.value[b], n_.value_width, tile.value_transposed, kChunk);
+    transpose<Real>(rows, n_.features, tile.phi_k[b], n_.feature_width, tile.phi_k_transposed, kChunk);
   }
 
   // dphi(k) and dv from the queries of all later chunks: through dS and dz.
   void key_gradient_of_later_chunks(int64_t b, int64_t rows, LocalState<Real> after,
-                                    LocalState<Real> local, const BackwardTile& tile) const {
+                                    LocalState<Real> local, const BackwardTile& tile,
+                                    Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     sum_of(tile.state.S, after.S, local.S, n_.state_elements());
     sum_of(tile.state.z, after.z, local.z, fw);
-    transpose(n_.features, n_.values, tile.state.S, vw, tile.state_transposed, fw);
+    transpose<Real>(n_.features, n_.values, tile.state.S, vw, tile.state_transposed, fw);
     matmul<Exact, false>(rows, fw, n_.values, tile.value[b], vw, 1, tile.state_transposed, fw,
-                         tile.dphi_k[b], fw);
+                         tile.dphi_k[b], fw, ahead);
     for (int64_t r = 0; r < rows; ++r) add(tile.dphi_k[b] + r * fw, tile.state.z, fw);
     matmul<Exact, false>(rows, vw, n_.features, tile.phi_k[b], fw, 1, tile.state.S, vw,
-                         tile.dvalue[b], vw);
+                         tile.dvalue[b], vw, ahead);
   }
 
   // The same from the queries i >= j of this chunk, through the scores.

@@ -44,6 +44,11 @@ constexpr int kBlockRows = 6, kBlockVectors = 4;  // 32 registers: 24 sums, 4 of
 constexpr int kBlockRows = 6, kBlockVectors = 2;  // 16 registers: 12 sums, 2 of B, 1 of A
 #endif
 
+// What a product does between two blocks of rows: nothing, or ask for memory that will be needed.
+struct Nothing {
+  FASTATTN_INLINE void operator()() const {}
+};
+
 template <class Arith, int Rows, int Vectors, bool Accumulate>
 FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, int64_t row_stride,
                                   int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
@@ -74,14 +79,16 @@ FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, i
 }
 
 // One panel of `Vectors` columns; the last rows take a smaller block.
-template <class Arith, int Vectors, bool Accumulate>
+template <class Arith, int Vectors, bool Accumulate, class Between>
 void matmul_panel(int64_t M, int64_t K, const typename Arith::Element* A, int64_t row_stride,
                   int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
-                  typename Arith::Accumulator* C, int64_t ldc) {
+                  typename Arith::Accumulator* C, int64_t ldc, Between& between) {
   int64_t i = 0;
-  for (; i + kBlockRows <= M; i += kBlockRows)
+  for (; i + kBlockRows <= M; i += kBlockRows) {
+    between();
     matmul_block<Arith, kBlockRows, Vectors, Accumulate>(K, A + i * row_stride, row_stride,
                                                          k_stride, B, ldb, C + i * ldc, ldc);
+  }
   A += i * row_stride;
   C += i * ldc;
   switch (M - i) {
@@ -100,23 +107,25 @@ void matmul_panel(int64_t M, int64_t K, const typename Arith::Element* A, int64_
 
 // C (M, N) = A B, or += with Accumulate. N is a multiple of the vector length.
 // A[i, k] is A[i * row_stride + k * k_stride].
-template <class Arith, bool Accumulate>
+template <class Arith, bool Accumulate, class Between = Nothing>
 void matmul(int64_t M, int64_t N, int64_t K, const typename Arith::Element* A, int64_t row_stride,
             int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
-            typename Arith::Accumulator* C, int64_t ldc) {
+            typename Arith::Accumulator* C, int64_t ldc, Between&& between = {}) {
   constexpr int L = kLanes<typename Arith::Accumulator>;
   int64_t j = 0;
   for (; j + kBlockVectors * L <= N; j += kBlockVectors * L)
     matmul_panel<Arith, kBlockVectors, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j,
-                                                   ldc);
+                                                   ldc, between);
   if constexpr (kBlockVectors > 2) {
     if (j + 2 * L <= N) {
-      matmul_panel<Arith, 2, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j, ldc);
+      matmul_panel<Arith, 2, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j, ldc,
+                                         between);
       j += 2 * L;
     }
   }
   if (j + L <= N)
-    matmul_panel<Arith, 1, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j, ldc);
+    matmul_panel<Arith, 1, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j, ldc,
+                                       between);
 }
 
 // The causal products only touch the lower triangle of a chunk's (row, column) matrix, to the
@@ -163,18 +172,27 @@ void matmul_from_lower_transposed(int64_t rows, int64_t N, const typename Arith:
   }
 }
 
-// C (N, M) = A^T for A (M, N); C's rows are padded with zeros to ldc.
-template <class Real>
-void transpose(int64_t M, int64_t N, const Real* A, int64_t lda, Real* C, int64_t ldc) {
-  constexpr int64_t block = 16;
-  for (int64_t j0 = 0; j0 < N; j0 += block)
-    for (int64_t i0 = 0; i0 < M; i0 += block) {
-      const int64_t j1 = j0 + block < N ? j0 + block : N, i1 = i0 + block < M ? i0 + block : M;
-      for (int64_t j = j0; j < j1; ++j)
-        for (int64_t i = i0; i < i1; ++i) C[j * ldc + i] = A[i * lda + j];
+// C (N, M) = A^T for A (M, N); C's rows are padded with zeros to ldc. Element is as wide as Real.
+template <class Real, class Element>
+void transpose(int64_t M, int64_t N, const Element* A, int64_t lda, Element* C, int64_t ldc) {
+  constexpr int L = kLanes<Real>;
+  static_assert(sizeof(Element) == sizeof(Real), "moved in registers of Real");
+  const int64_t whole_M = M / L * L, whole_N = N / L * L;
+  for (int64_t i = 0; i < whole_M; i += L)
+    for (int64_t j = 0; j < whole_N; j += L) {
+      Vector<Real> block[L];
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r)
+        __builtin_memcpy(&block[r], A + (i + r) * lda + j, sizeof block[r]);
+      transpose_lanes<Real, 1>(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r)
+        __builtin_memcpy(C + (j + r) * ldc + i, &block[r], sizeof block[r]);
     }
-  for (int64_t j = 0; j < N; ++j)
+  for (int64_t j = 0; j < N; ++j) {
+    for (int64_t i = j < whole_N ? whole_M : 0; i < M; ++i) C[j * ldc + i] = A[i * lda + j];
     for (int64_t i = M; i < ldc; ++i) C[j * ldc + i] = 0;
+  }
 }
 
 }  // namespace FASTATTN_ISA

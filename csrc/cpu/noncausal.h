@@ -18,7 +18,7 @@ namespace FASTATTN_ISA {
 
 template <class Real, class Arith>
 class NonCausal : private Call<Real> {
-  static constexpr int64_t kRows = 64;  // tokens of a tile
+  static constexpr int64_t kRows = kTileRows;
   using Exact = Plain<Real>;
   using Element = typename Arith::Element;
   using Pack = Operand<Arith>;
@@ -180,7 +180,9 @@ class NonCausal : private Call<Real> {
         phi_.of_keys(rows, mask, {maxima + b * fw, nullptr}, tile.phi[b], tile.inverse_norm);
         const Element* A = Pack::pair_rows(tile.phi[b], rows, fw, fw, tile.phi_pairs);
         const Element* B = Pack::pair_rows(tile.value[b], rows, vw, vw, tile.value_pairs);
-        matmul<Arith, true>(n_.features, vw, Pack::elements(rows), A, 1, fw, B, vw, parts[b].S, vw);
+        auto ahead = Base::template keys_ahead<false>(s, block.begin + b, t + kRows);
+        matmul<Arith, true>(n_.features, vw, Pack::elements(rows), A, 1, fw, B, vw, parts[b].S, vw,
+                            ahead);
         for (int64_t r = 0; r < rows; ++r) add(parts[b].z, tile.phi[b] + r * fw, fw);
       }
     }
@@ -234,9 +236,10 @@ class NonCausal : private Call<Real> {
               scale_row(phi + r * fw, inverse_denominator<Real>(den, p_.eps), fw);
             }
           const Element* A = Pack::pair_columns(phi, rows, fw, tile.phi_pairs);
+          auto ahead = Base::template queries_ahead<true>(s, q, t + kRows);
           matmul<Arith, false>(rows, vw, Pack::elements(n_.features), A, Pack::elements(fw), 1,
                                Pack::either(totals[b].S, state_pairs(b, tile)), vw,
-                               tile.value[q - queries.begin], vw);
+                               tile.value[q - queries.begin], vw, ahead);
         }
         write_tiles(a_.out, s.batch, queries, s.query_begin + t, rows, p_.dtype, n_.values,
                     tile.value);
@@ -289,7 +292,7 @@ class NonCausal : private Call<Real> {
     for (int64_t h = 0; h < block.size(); ++h) {
       const State saved = saved_at(s, block.begin + h);
       n_.read(saved, 0, tile.states[h]);
-      transpose(n_.features, n_.values, tile.states[h].S, n_.value_width,
+      transpose<Real>(n_.features, n_.values, tile.states[h].S, n_.value_width,
                 tile.S_transposed + h * tile.matrix, fw);
       zero(tile.maxima + h * fw, fw);
       if (p_.feature_map == FeatureMap::efficient)
@@ -302,7 +305,7 @@ class NonCausal : private Call<Real> {
                          const BackwardTile& tile) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     for (int64_t h = 0; h < count; ++h) {
-      transpose(n_.features, n_.values, gradients[h].S, vw, tile.dS_transposed + h * tile.matrix,
+      transpose<Real>(n_.features, n_.values, gradients[h].S, vw, tile.dS_transposed + h * tile.matrix,
                 fw);
       Real* sums = tile.column_sums + h * fw;
       zero(sums, fw);
@@ -333,8 +336,9 @@ class NonCausal : private Call<Real> {
               slope[r] = denominator_slope<Real>(den, p_.eps);
               scale_row(g + r * vw, inverse_denominator_of_gradient<Real>(den, p_.eps), vw);
             }
+          auto ahead = Base::template queries_ahead<true>(s, q, t + kRows);
           matmul<Exact, false>(rows, fw, n_.values, g, vw, 1, tile.S_transposed + b * tile.matrix,
-                               fw, dphi, fw);
+                               fw, dphi, fw, ahead);
           if (divides())
             for (int64_t r = 0; r < rows; ++r) {
               Real* u = dphi + r * fw;
@@ -342,7 +346,7 @@ class NonCausal : private Call<Real> {
               add_scaled(u, z, delta, fw);
               add_scaled(parts[b].z, phi + r * fw, delta, fw);
             }
-          matmul<Exact, true>(n_.features, vw, rows, phi, 1, fw, g, vw, parts[b].S, vw);
+          matmul<Exact, true>(n_.features, vw, rows, phi, 1, fw, g, vw, parts[b].S, vw, ahead);
           phi_.chain_queries(phi, tile.inverse_norm, rows, dphi);
         }
         write_tiles(a_.grad_query, s.batch, queries, s.query_begin + t, rows, p_.dtype,
@@ -363,11 +367,12 @@ class NonCausal : private Call<Real> {
       for (int64_t b = 0; b < block.size(); ++b) {
         Real *phi = tile.phi[b], *dphi = tile.dphi[b];
         phi_.of_keys(rows, mask, {tile.maxima + b * fw, tile.states[b].z}, phi, tile.inverse_norm);
+        auto ahead = Base::template keys_ahead<true>(s, block.begin + b, t + kRows);
         matmul<Exact, false>(rows, fw, n_.values, tile.value[b], vw, 1,
-                             tile.dS_transposed + b * tile.matrix, fw, dphi, fw);
+                             tile.dS_transposed + b * tile.matrix, fw, dphi, fw, ahead);
         for (int64_t r = 0; r < rows; ++r) add(dphi + r * fw, gradients[b].z, fw);
         matmul<Exact, false>(rows, vw, n_.features, phi, fw, 1, gradients[b].S, vw, tile.dvalue[b],
-                             vw);
+                             vw, ahead);
         phi_.chain_keys(phi, tile.inverse_norm, rows, mask, tile.column_sums + b * fw, dphi);
       }
       write_tiles(a_.grad_key, s.batch, block, token, rows, p_.dtype, p_.head_dim, tile.dphi);

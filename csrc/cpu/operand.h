@@ -24,7 +24,7 @@ struct Operand<Plain<Real>> {
   static const Real* pair_columns(const Real* tile, int64_t, int64_t, Real*) { return tile; }
   static const Real* pair_columns_transposed(const Real* tile, int64_t rows, int64_t columns,
                                              int64_t ld, Real* transposed, Real*, int64_t ldc) {
-    transpose(rows, columns, tile, ld, transposed, ldc);
+    transpose<Real>(rows, columns, tile, ld, transposed, ldc);
     return transposed;
   }
 };
@@ -68,7 +68,7 @@ struct Operand<Bf16Pairs> {
   static const uint32_t* pair_columns_transposed(const float* tile, int64_t rows, int64_t,
                                                  int64_t ld, float*, uint32_t* pairs, int64_t ldc) {
     uint32_t* transposed = pairs + rows * (ld / 2);
-    transpose(rows, ld / 2, pair_columns(tile, rows, ld, pairs), ld / 2, transposed, ldc);
+    transpose<float>(rows, ld / 2, pair_columns(tile, rows, ld, pairs), ld / 2, transposed, ldc);
     return transposed;
   }
 };

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -73,6 +74,41 @@ FASTATTN_INLINE Vector<Real> maximum(Vector<Real> a, Vector<Real> b) {
 template <class Real>
 FASTATTN_INLINE Vector<Real> minimum(Vector<Real> a, Vector<Real> b) {
   return a < b ? a : b;
+}
+
+// Lanes of a and b, which count on from the last lane of a.
+template <class Real, int... Lane>
+FASTATTN_INLINE Vector<Real> shuffle(Vector<Real> a, Vector<Real> b,
+                                     std::integer_sequence<int, Lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Lane...);
+#else
+  return __builtin_shuffle(a, b, typename Simd<Real>::Bits{Lane...});
+#endif
+}
+
+// One stage of a transpose: of two rows `Step` apart, the lanes that must change places do.
+template <class Real, int Step, int... Lane>
+FASTATTN_INLINE void exchange(Vector<Real>& a, Vector<Real>& b,
+                              std::integer_sequence<int, Lane...>) {
+  constexpr int L = kLanes<Real>;
+  using Upper = std::integer_sequence<int, (Lane & Step ? L + (Lane ^ Step) : Lane)...>;
+  using Lower = std::integer_sequence<int, (Lane & Step ? L + Lane : Lane ^ Step)...>;
+  const Vector<Real> upper = shuffle<Real>(a, b, Upper{});
+  b = shuffle<Real>(a, b, Lower{});
+  a = upper;
+}
+
+template <class Real, int Step>
+FASTATTN_INLINE void transpose_lanes(Vector<Real> (&rows)[kLanes<Real>]) {
+  if constexpr (Step < kLanes<Real>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<Real>; ++i)
+      if (!(i & Step))
+        exchange<Real, Step>(rows[i], rows[i + Step],
+                             std::make_integer_sequence<int, kLanes<Real>>{});
+    transpose_lanes<Real, 2 * Step>(rows);
+  }
 }
 
 // Reductions fold halves, so their order is fixed and the tree is shallow.

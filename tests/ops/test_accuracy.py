@@ -50,7 +50,10 @@ def test_value_size_differs_from_head_size(
     backend: str, dims: tuple[int, int], is_causal: bool
 ) -> None:
     call = draw(Case(D=dims[0], Dv=dims[1], is_causal=is_causal, initial_state=True))
-    assert_accurate(run(call, backend), truth(call))
+    # With one feature a quotient hardly depends on the query: d query is what is left of Dv terms
+    # that cancel, so it is measured against a larger share of the gradients sent back.
+    floor = 0.1 if dims[0] == 1 else 0.01
+    assert_accurate(run(call, backend), truth(call), floor=floor)
 
 
 @causal
