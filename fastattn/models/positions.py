@@ -1,4 +1,4 @@
-"""Longer inputs for models with learned absolute positions."""
+"""Longer inputs for models with learned absolute positions (BERT reads 512 tokens)."""
 
 from __future__ import annotations
 
@@ -7,64 +7,98 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 METHODS = ("hierarchical", "interpolate")
+# RoBERTa and its kin number positions from padding_idx + 1: the rows before are no positions.
+OFFSET_FAMILIES = ("camembert", "data2vec-text", "roberta", "xlm-roberta")
+
+
+def position_limit(config: Any) -> int | None:
+    """How many tokens a model of this configuration has positions for; None if nothing says so."""
+    rows = getattr(config, "max_position_embeddings", None)
+    if rows is None:
+        return None
+    offset = (config.pad_token_id or 0) + 1 if config.model_type in OFFSET_FAMILIES else 0
+    return int(rows) - offset
 
 
 def extend_positions(
-    model: nn.Module, length: int, method: str = "hierarchical", alpha: float = 0.4
+    model: PreTrainedModel, length: int, method: str = "hierarchical", alpha: float = 0.4
 ) -> Any:
     """Give ``model`` position embeddings for ``length`` tokens, in place, and return it.
 
     hierarchical: position i n + j of a model with n gets alpha u_i + (1 - alpha) u_j, where
-    u = (p - alpha p_0) / (1 - alpha), so the first n stay what they are (Su 2020); up to n^2.
-    interpolate: the n vectors stretched linearly over ``length``.
+    u = (p - alpha p_0) / (1 - alpha), so the first n stay what they are; up to n^2.
+    Source: Su 2020, https://kexue.fm/archives/7947.
+    interpolate: the n vectors stretched linearly over ``length``: all move, so train afterwards.
+
+    Args:
+        model: a transformers model with one table of learned absolute positions.
+        length: tokens, at least what the model has positions for. The tokenizer's
+            ``model_max_length`` is yours to raise.
+        alpha: between 0 and 1 and not 0.5, which would make (i, j) and (j, i) one position.
 
     Raises:
-        ValueError: an unknown method, or a length that is not more than the present one or more
-            than the method can give.
-        NotImplementedError: a model without learned absolute positions, or one (RoBERTa) that
-            counts positions from its padding index.
+        ValueError: an unknown method, or a length or alpha out of range.
+        NotImplementedError: a model without learned absolute positions.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    owners = [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "position_embeddings", None), nn.Embedding)
-    ]
-    if len(owners) != 1:
-        raise NotImplementedError(f"{type(model).__name__} has no learned absolute positions")
-    owner: Any = owners[0]
-    if owner.position_embeddings.padding_idx is not None:
-        raise NotImplementedError(
-            f"{type(model).__name__} counts positions from its padding index: not supported"
-        )
-    old = owner.position_embeddings.weight.detach()
-    n = len(old)
-    if length < n or (method == "hierarchical" and length > n * n):
-        raise ValueError(f"length must be within {n}..{n * n}; got {length}")
-    new = _hierarchical(old, length, alpha) if method == "hierarchical" else _stretch(old, length)
-    owner.position_embeddings = nn.Embedding.from_pretrained(new, freeze=False)
+    if not 0 < alpha < 1 or alpha == 0.5:
+        raise ValueError(f"alpha must be between 0 and 1, and not 0.5; got {alpha}")
+    owner = _owner(model)
+    table: nn.Embedding = owner.position_embeddings
+    offset = 0 if table.padding_idx is None else table.padding_idx + 1
+    old = table.weight.detach()
+    n = len(old) - offset
+    longest = n * n if method == "hierarchical" else None
+    if length < n or (longest is not None and length > longest):
+        most = "" if longest is None else f" and at most {longest} (their square)"
+        raise ValueError(f"length must be at least the model's {n} positions{most}; got {length}")
+
+    positions = old[offset:].float()
+    if method == "interpolate":
+        extended = _stretch(positions, length)
+    else:
+        extended = _hierarchical(positions, length, alpha)
+        extended[:n] = positions  # equal up to rounding: make it exact
+    new = torch.cat([old[:offset], extended.to(old.dtype)])
+    owner.position_embeddings = nn.Embedding.from_pretrained(
+        new, freeze=not table.weight.requires_grad, padding_idx=table.padding_idx
+    )
     buffers = {
-        "position_ids": torch.arange(length, device=old.device).expand(1, -1),
-        "token_type_ids": torch.zeros(1, length, dtype=torch.long, device=old.device),
+        "position_ids": torch.arange(len(new), device=old.device).expand(1, -1),
+        "token_type_ids": torch.zeros(1, len(new), dtype=torch.long, device=old.device),
     }
     for name, value in buffers.items():
         if hasattr(owner, name):
             owner.register_buffer(name, value, persistent=False)
-    config: Any = model.config
-    config.max_position_embeddings = length
+    model.config.max_position_embeddings = len(new)
     return model
+
+
+def _owner(model: nn.Module) -> Any:
+    """The module that holds the position embeddings."""
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "position_embeddings", None), nn.Embedding)
+    ]
+    if len(found) == 1:
+        return found[0]
+    if getattr(getattr(model, "config", None), "rope_parameters", None):
+        raise NotImplementedError(
+            f"{type(model).__name__} has rotary positions: it takes longer inputs as it is"
+        )
+    raise NotImplementedError(f"{type(model).__name__} has no learned absolute positions")
 
 
 def _hierarchical(old: Tensor, length: int, alpha: float) -> Tensor:
     base = (old - alpha * old[:1]) / (1 - alpha)
     position = torch.arange(length, device=old.device)
-    new = alpha * base[position // len(old)] + (1 - alpha) * base[position % len(old)]
-    new[: len(old)] = old  # equal up to rounding: make it exact
-    return new
+    return alpha * base[position // len(old)] + (1 - alpha) * base[position % len(old)]
 
 
 def _stretch(old: Tensor, length: int) -> Tensor:
-    return F.interpolate(old.T[None], size=length, mode="linear", align_corners=True)[0].T.clone()
+    return F.interpolate(old.T[None], size=length, mode="linear", align_corners=True)[0].T

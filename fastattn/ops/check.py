@@ -224,7 +224,7 @@ def check_bool(name: str, value: Any) -> None:
 def check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {_kind(value)}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile can trace this, not math.isfinite
         raise ValueError(f"{name} must be finite; got {value}")
 
 

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastattn.models.conversion import is_linear
+from fastattn.models.positions import position_limit
 from fastattn.recipes.data import Task, limit_train, load_task, tokenize
 from fastattn.recipes.errors import ModelError
 from fastattn.recipes.evaluate import evaluate, predict
@@ -27,13 +29,11 @@ from fastattn.recipes.losses import distillation_loss, task_loss
 from fastattn.recipes.models import (
     check_supported,
     is_fine_tuned,
-    is_linear,
     load_config,
     load_model,
     load_tokenizer,
     new_classifier,
     output_labels,
-    position_limit,
 )
 from fastattn.recipes.run import Results, Run
 from fastattn.recipes.training import Settings, fit, without_dropout
@@ -160,7 +160,7 @@ class _Job:
 
         args = self.arguments
         model = load_model(self.stage_folder("softmax"))
-        if args.student_length > (position_limit(model) or args.student_length):
+        if args.student_length > (position_limit(model.config) or args.student_length):
             fastattn.extend_positions(model, args.student_length, method="hierarchical")
         fastattn.linearize(model, feature_map=args.feature_map, layers=args.layers)
         results: Results = {

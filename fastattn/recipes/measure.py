@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import transformers
 
-from fastattn.recipes.models import load_model, position_limit
+from fastattn.models.positions import position_limit
+from fastattn.recipes.models import load_model
 from fastattn.recipes.progress import progress
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -75,7 +76,7 @@ def _measure_point(
     torch.set_num_threads(threads)
     transformers.logging.disable_progress_bar()
     model = load_model(path).eval()
-    limit = position_limit(model)
+    limit = position_limit(model.config)
     if limit is not None and limit < longest:
         import fastattn
 

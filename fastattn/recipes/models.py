@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from fastattn.models.conversion import is_linear
 from fastattn.recipes.errors import ModelError
 
 if TYPE_CHECKING:
@@ -85,11 +85,6 @@ def check_supported(
         raise ModelError(f"this model can't be made linear: {error}") from error
 
 
-def is_linear(config: PretrainedConfig) -> bool:
-    """Whether a checkpoint was saved with fastattn's attention."""
-    return getattr(config, "fastattn", None) is not None
-
-
 def is_fine_tuned(config: PretrainedConfig) -> bool:
     """Whether a checkpoint already has a trained classification head."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
@@ -125,16 +120,3 @@ def no_attention_dropout(config: PretrainedConfig) -> dict[str, float]:
     and softmax attention with dropout leaves its fast kernel and draws N^2 random numbers."""
     names = ("attention_probs_dropout_prob", "attention_dropout", "attention_probs_dropout")
     return {name: 0.0 for name in names if getattr(config, name, None)}
-
-
-def position_limit(model_or_config: nn.Module | PretrainedConfig) -> int | None:
-    """How many tokens the model has positions for; None where nothing says so."""
-    config: Any = getattr(model_or_config, "config", model_or_config)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
-        return None
-    # RoBERTa and its kin number positions from padding_idx + 1.
-    offset = (
-        2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "data2vec-text") else 0
-    )
-    return int(limit) - offset

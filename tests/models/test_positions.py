@@ -1,0 +1,94 @@
+"""``extend_positions``: the old positions stay, new ones are what the formula says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.models.positions import position_limit
+from tests.models.encoders import ABSOLUTE, NUMBERED_FROM_PADDING, inputs, make
+
+
+def table(model) -> torch.nn.Embedding:
+    return next(
+        m.position_embeddings
+        for m in model.modules()
+        if isinstance(getattr(m, "position_embeddings", None), torch.nn.Embedding)
+    )
+
+
+@pytest.mark.parametrize("method", ["hierarchical", "interpolate"])
+@pytest.mark.parametrize("family", ABSOLUTE)
+def test_long_inputs_are_read_and_short_ones_unchanged(family: str, method: str) -> None:
+    model = make(family, pad_token_id=1) if family in NUMBERED_FROM_PADDING else make(family)
+    limit = position_limit(model.config)
+    assert limit == (62 if family in NUMBERED_FROM_PADDING else 64)
+    with torch.no_grad():
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, limit + 1), 5))
+        before = model(**inputs()).last_hidden_state
+        assert fastattn.extend_positions(model, 200, method) is model
+        after = model(**inputs()).last_hidden_state
+        assert torch.equal(before, after) == (method == "hierarchical")
+        assert position_limit(model.config) == 200
+        assert model(input_ids=torch.full((1, 200), 5)).last_hidden_state.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, 201), 5))
+    assert table(model).weight.requires_grad
+    assert table(model).padding_idx == (1 if family in NUMBERED_FROM_PADDING else None)
+    model(input_ids=torch.full((1, 200), 5)).last_hidden_state.sum().backward()
+    assert table(model).weight.grad[-1].count_nonzero() > 0
+
+
+def test_hierarchical_formula() -> None:
+    model = make("Bert")
+    old = table(model).weight.detach().clone()
+    fastattn.extend_positions(model, 64 * 64, alpha=0.3)
+    new = table(model).weight
+    base = (old - 0.3 * old[0]) / 0.7
+    for i, j in ((0, 5), (1, 0), (7, 63), (63, 63)):
+        torch.testing.assert_close(new[64 * i + j], 0.3 * base[i] + 0.7 * base[j])
+    with pytest.raises(ValueError, match=r"at least the model's 4096 positions"):
+        fastattn.extend_positions(model, 64)
+
+
+def test_interpolation_keeps_the_ends_and_the_order() -> None:
+    model = make("Bert")
+    old = table(model).weight.detach().clone()
+    fastattn.extend_positions(model, 127, "interpolate")  # every second one is an old one
+    torch.testing.assert_close(table(model).weight[::2], old)
+    torch.testing.assert_close(table(model).weight[1::2], (old[1:] + old[:-1]) / 2)
+
+
+def test_type_and_training_flag_are_kept() -> None:
+    model = make("Bert").to(torch.bfloat16)
+    table(model).weight.requires_grad_(False)
+    fastattn.extend_positions(model, 100)
+    assert table(model).weight.dtype == torch.bfloat16 and not table(model).weight.requires_grad
+
+
+def test_padding_row_of_roberta_stays() -> None:
+    model = make("Roberta", pad_token_id=1)
+    old = table(model).weight.detach().clone()
+    for method in ("hierarchical", "interpolate"):
+        changed = fastattn.extend_positions(make("Roberta", pad_token_id=1), 150, method)
+        assert torch.equal(table(changed).weight[:2], old[:2])
+        assert len(table(changed).weight) == changed.config.max_position_embeddings == 152
+
+
+def test_bad_arguments() -> None:
+    model = make("Bert")
+    for arguments, message in (
+        ((200, "magic"), "method must be one of hierarchical, interpolate; got 'magic'"),
+        ((63,), "at least the model's 64 positions and at most 4096 .*; got 63"),
+        ((4097,), "at most 4096 .their square.; got 4097"),
+        ((100, "hierarchical", 0.5), "alpha must be between 0 and 1, and not 0.5"),
+        ((100, "hierarchical", 1.0), "alpha must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastattn.extend_positions(model, *arguments)
+    with pytest.raises(NotImplementedError, match="rotary positions: it takes longer inputs"):
+        fastattn.extend_positions(make("ModernBert"), 100)
+    with pytest.raises(NotImplementedError, match="no learned absolute positions"):
+        fastattn.extend_positions(torch.nn.Linear(2, 2), 100)
