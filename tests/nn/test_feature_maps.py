@@ -70,7 +70,8 @@ def test_t2r_formula() -> None:
 
 def test_performer_estimates_the_softmax_kernel() -> None:
     """FAVOR+ is unbiased: over many draws the mean of phi(q).phi(k) is exp(q.k / sqrt(D))."""
-    q, k = draw(size=0.7)[0, 0, :4], draw(size=0.7)[0, 0, 4:8]
+    torch.manual_seed(0)  # a statement about frequencies: on fresh numbers it would fail at times
+    q, k = draw(size=0.5)[0, 0, :4], draw(size=0.5)[0, 0, 4:8]
     exact = torch.exp(q @ k.T / math.sqrt(D))
     draws = []
     for seed in range(300):
@@ -85,6 +86,7 @@ def test_performer_queries_and_keys_fit_together() -> None:
     """The division by a token's largest feature cancels in the quotient."""
     query_map, key_map = make_pair("performer", H, H, D)
     assert torch.equal(query_map.directions, key_map.directions)
+    torch.manual_seed(0)
     x, v = draw(), draw()
     stable = fastattn.linear_attention(query_map(x), key_map(x), v, feature_map="features")
     plain = fastattn.linear_attention(x, x, v, feature_map=key_map)
