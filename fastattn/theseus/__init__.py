@@ -1,0 +1,1 @@
+"""Progressive module replacing, and what comes after it."""
