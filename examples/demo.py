@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import harvest
 
 import fastattn
-from fastattn.cli.linearize import has_bf16
+from fastattn.cli.options import has_bf16
 from fastattn.recipes.linearize import Arguments, linearize
 from fastattn.recipes.models import load_tokenizer
 from fastattn.recipes.report import plot, print_report, write_json

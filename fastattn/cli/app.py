@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from fastattn.cli.compare import compare
+from fastattn.cli.compress import compress
 from fastattn.cli.exits import EXIT_CODES
 from fastattn.cli.info import info
 from fastattn.cli.linearize import linearize
@@ -19,3 +21,5 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command(epilog=EXIT_CODES)(linearize)
+app.command(epilog=EXIT_CODES)(compress)
+app.command(epilog=EXIT_CODES)(compare)

@@ -63,6 +63,17 @@ def find_files(
     return _find(folder, "train", train), _find(folder, "dev", dev)
 
 
+def find_dev_file(folder: Path | None, dev: Path | None = None) -> Path:
+    """The dev file alone, found and refused in the same way."""
+    if dev is not None:
+        return _find(folder, "dev", dev)
+    if folder is None:
+        raise DataError("give a data folder with a dev.* file, or the file with --dev")
+    if not folder.is_dir():
+        raise DataError(f"data folder {folder} is not a folder")
+    return _find(folder, "dev", None)
+
+
 def load_task(train_file: Path, dev_file: Path, labels: tuple[str, ...] | None = None) -> Task:
     """Read and check both files.
 

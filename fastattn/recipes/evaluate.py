@@ -70,19 +70,36 @@ def evaluate(logits: Tensor, labels: Tensor) -> Evaluation:
     return Evaluation(
         rows=len(labels),
         accuracy=float((predicted == labels).double().mean()),
-        matthews=matthews(predicted, labels, logits.shape[-1]),
+        matthews=float(matthews(confusion(predicted, labels, logits.shape[-1]))),
         loss=float(F.cross_entropy(logits, labels)),
     )
 
 
-def matthews(predicted: Tensor, labels: Tensor, classes: int) -> float:
-    """Matthews correlation of two int64 vectors of classes; 0 where one of them is constant."""
-    confusion = torch.bincount(labels * classes + predicted, minlength=classes**2)
-    confusion = confusion.view(classes, classes).double()
-    true, said, total = confusion.sum(1), confusion.sum(0), confusion.sum()
-    covariance = confusion.trace() * total - true @ said
-    spread = (total**2 - said @ said) * (total**2 - true @ true)
-    return float(covariance / spread.sqrt()) if spread > 0 else 0.0
+def confusion(
+    predicted: Tensor, labels: Tensor, classes: int, weights: Tensor | None = None
+) -> Tensor:
+    """How often class i was taken for class j, (..., classes, classes) in float64.
+
+    Args:
+        predicted, labels: int64 (rows,).
+        weights: (..., rows), how often each row counts; None: once.
+    """
+    pairs = labels * classes + predicted
+    if weights is None:
+        return torch.bincount(pairs, minlength=classes**2).view(classes, classes).double()
+    counted = weights.new_zeros(*weights.shape[:-1], classes**2)
+    counted.index_add_(-1, pairs, weights)
+    return counted.reshape(*weights.shape[:-1], classes, classes).double()
+
+
+def matthews(confusion: Tensor) -> Tensor:
+    """Matthews correlation of confusion matrices (..., classes, classes); 0 where the labels or
+    the predictions are constant."""
+    true, said, total = confusion.sum(-1), confusion.sum(-2), confusion.sum((-2, -1))
+    right = confusion.diagonal(dim1=-2, dim2=-1).sum(-1)
+    covariance = right * total - (true * said).sum(-1)
+    spread = (total**2 - said.square().sum(-1)) * (total**2 - true.square().sum(-1))
+    return torch.where(spread > 0, covariance / spread.clamp_min(1e-300).sqrt(), 0.0)
 
 
 def batches_by_length(lengths: list[int], tokens: int) -> list[list[int]]:

@@ -12,10 +12,13 @@ Four stages, each saved when done (see ``run``):
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,7 +39,7 @@ from fastattn.recipes.models import (
     output_labels,
 )
 from fastattn.recipes.run import Results, Run
-from fastattn.recipes.training import Settings, fit, without_dropout
+from fastattn.recipes.training import Loss, Settings, fit, without_dropout
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,6 +47,9 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 TOKENS_PER_STEP = 4096
+DEFAULT_EPOCHS = {"fine_tune": 3.0, "transfer": 2.0, "replace": 3.0, "distill": 2.0}
+ENOUGH_STEPS = 600  # of each of the stages, unless that takes more than MAX_EPOCHS
+MAX_EPOCHS = 10.0
 TASK_WEIGHT = 0.5
 TEMPERATURE = 2.0
 FEATURE_MAP_RATE = 10.0  # times the learning rate of the other weights
@@ -58,7 +64,8 @@ class Arguments:
     most 512. extend_to: tokens the linear model reads, with its positions extended; None: the
     same. layers: indices of the layers to make linear; None: all. fine_tune: whether to fine-tune
     the softmax model; None: if it has no trained head. batch_size: rows a step; None: 8 to 64 by
-    the length of the texts. lengths: input lengths to measure.
+    the length of the texts. lengths: input lengths to measure. The epochs, if None, are those of
+    ``DEFAULT_EPOCHS``, and more where the data are so few that these would be a few hundred steps.
     """
 
     model: Path
@@ -70,9 +77,9 @@ class Arguments:
     extend_to: int | None = None
     train_limit: int | None = None
     fine_tune: bool | None = None
-    fine_tune_epochs: float = 3
-    transfer_epochs: float = 2
-    distill_epochs: float = 2
+    fine_tune_epochs: float | None = None
+    transfer_epochs: float | None = None
+    distill_epochs: float | None = None
     fine_tune_rate: float = 1e-4
     transfer_rate: float = 2e-2
     distill_rate: float = 7e-5
@@ -88,6 +95,10 @@ class Arguments:
         return max(self.max_length, self.extend_to or 0)
 
 
+ArgumentsT = TypeVar("ArgumentsT", bound=Arguments)
+JobT = TypeVar("JobT")
+
+
 def linearize(arguments: Arguments, output: Path, restart: bool = False) -> dict[str, Any]:
     """Run all stages that are not done yet; returns the report.
 
@@ -98,14 +109,8 @@ def linearize(arguments: Arguments, output: Path, restart: bool = False) -> dict
         DataError, ModelError, OutputError: before any training.
     """
     config = load_config(arguments.model)
-    arguments, fine_tune = _settle(arguments, config)
     check_supported(config, arguments.feature_map, arguments.layers)
-    labels = None if fine_tune else output_labels(config)
-    task = load_task(arguments.train, arguments.dev, labels)
-    task = limit_train(task, arguments.train_limit, arguments.seed)
-    tokenizer = load_tokenizer(arguments.model)
-    run = Run(output, _fingerprint(arguments), restart)
-    job = _Job(arguments, task, tokenizer, output, fine_tune)
+    run, job = prepare(arguments, config, output, restart, Job)
     stages = {
         "softmax": run.stage("softmax", job.softmax),
         "transfer": run.stage("transfer", job.transfer),
@@ -115,12 +120,39 @@ def linearize(arguments: Arguments, output: Path, restart: bool = False) -> dict
     return job.report(stages)
 
 
-class _Job:
-    """The stages of ``linearize``: each takes its folder and returns what ``run.json`` keeps."""
+def prepare(
+    arguments: ArgumentsT,
+    config: PretrainedConfig,
+    output: Path,
+    restart: bool,
+    job: Callable[[ArgumentsT, Task, PreTrainedTokenizerBase, Path, bool], JobT],
+) -> tuple[Run, JobT]:
+    """Check everything that can be checked before any training; the run and its stages.
+
+    Raises:
+        DataError, ModelError, OutputError
+    """
+    arguments, fine_tune = _settle(arguments, config)
+    labels = None if fine_tune else output_labels(config)
+    task = load_task(arguments.train, arguments.dev, labels)
+    task = limit_train(task, arguments.train_limit, arguments.seed)
+    tokenizer = load_tokenizer(arguments.model)
+    run = Run(output, _fingerprint(arguments), restart)
+    return run, job(arguments, task, tokenizer, output, fine_tune)
+
+
+class Job(Generic[ArgumentsT]):
+    """The stages of ``linearize``: each takes its folder and returns what ``run.json`` keeps.
+
+    ``student`` is the stage whose model is distilled, ``final`` what the result is called.
+    """
+
+    student = "transfer"
+    final = "linear"
 
     def __init__(
         self,
-        arguments: Arguments,
+        arguments: ArgumentsT,
         task: Task,
         tokenizer: PreTrainedTokenizerBase,
         output: Path,
@@ -138,7 +170,7 @@ class _Job:
             model = new_classifier(args.model, self.task)
             freeze_embeddings(model)
             train = self.tokens("train", args.max_length)
-            settings = self.settings(args.fine_tune_epochs, args.fine_tune_rate, train)
+            settings = self.settings("fine_tune", train)
             results["train_loss"] = fit(
                 model,
                 train,
@@ -159,14 +191,12 @@ class _Job:
         import fastattn
 
         args = self.arguments
-        model = load_model(self.stage_folder("softmax"))
-        if args.student_length > (position_limit(model.config) or args.student_length):
-            fastattn.extend_positions(model, args.student_length, method="hierarchical")
+        model = extend(load_model(self.stage_folder("softmax")), args.student_length)
         fastattn.linearize(model, feature_map=args.feature_map, layers=args.layers)
         results: Results = {
             "swapped": self.scores(model, args.student_length, "Evaluating the bare swap")
         }
-        if args.transfer_epochs and self._fit_feature_maps(model, folder, results):
+        if args.transfer_epochs != 0 and self._fit_feature_maps(model, folder, results):
             results["transferred"] = self.scores(
                 model, args.student_length, "Evaluating the matched swap"
             )
@@ -178,9 +208,7 @@ class _Job:
         from fastattn.models.transfer import attention_transfer
 
         train = self.tokens("train", self.arguments.student_length)
-        settings = self.settings(
-            self.arguments.transfer_epochs, self.arguments.transfer_rate, train
-        )
+        settings = self.settings("transfer", train)
         with attention_transfer(model) as loss, without_dropout(model):
             if not any(parameter.requires_grad for parameter in model.parameters()):
                 return False
@@ -198,29 +226,25 @@ class _Job:
     def distill(self, folder: Path) -> Results:
         args = self.arguments
         results: Results = {}
-        model = load_model(self.stage_folder("transfer"))
-        if args.distill_epochs:
-            teacher_logits = self.teacher_logits(folder)
+        model = load_model(self.stage_folder(self.student))
+        if args.distill_epochs != 0:
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
             freeze_embeddings(model)
             train = self.tokens("train", args.student_length)
-            loss = distillation_loss(
-                teacher_logits, task_weight=TASK_WEIGHT, temperature=TEMPERATURE
-            )
-            settings = self.settings(args.distill_epochs, args.distill_rate, train)
+            settings = self.settings("distill", train)
             with without_dropout(model):
                 results["train_loss"] = fit(
                     model,
                     train,
                     self.tokenizer,
-                    loss,
+                    self.distillation_loss(),
                     settings,
                     folder / CHECKPOINTS,
                     "Distilling",
                     {"feature_map": FEATURE_MAP_RATE},
                 )
-        results["linear"] = self.scores(model, args.student_length, "Evaluating the linear model")
+        results[self.final] = self.scores(model, args.student_length, "Evaluating the result")
         self.save(model, folder)
         self.save(model, self.output)
         return results
@@ -229,7 +253,7 @@ class _Job:
         from fastattn.recipes.measure import measure
 
         args = self.arguments
-        models = {"softmax": self.stage_folder("softmax"), "linear": self.output}
+        models = {"softmax": self.stage_folder("softmax"), self.final: self.output}
         points = measure(models, args.lengths, bf16=args.bf16) if args.lengths else []
         return {"points": points}
 
@@ -244,9 +268,10 @@ class _Job:
                 for stage, name in (
                     ("transfer", "swapped"),
                     ("transfer", "transferred"),
-                    ("distill", "linear"),
+                    ("replace", "replaced"),
+                    ("distill", self.final),
                 )
-                if name in stages[stage]
+                if name in stages.get(stage, ())
             },
         }
         return {
@@ -274,12 +299,17 @@ class _Job:
             self._tokens[key] = tokenize(dataset, self.tokenizer, max_length)
         return self._tokens[key]
 
-    def settings(self, epochs: float, rate: float, train: Dataset) -> Settings:
+    def settings(self, stage: str, train: Dataset) -> Settings:
         """Settings of a stage: about ``TOKENS_PER_STEP`` tokens a step, and a learning rate that
         goes with the square root of the batch size (the rates asked for are those of 32 rows)."""
         args = self.arguments
         mean = sum(train["length"][:]) / len(train)
         size = args.batch_size or _power_of_two(TOKENS_PER_STEP / mean)
+        rate = getattr(args, f"{stage}_rate")
+        epochs = getattr(args, f"{stage}_epochs")
+        if epochs is None:
+            wanted = min(MAX_EPOCHS, ENOUGH_STEPS * size / len(train))
+            epochs = float(math.ceil(max(DEFAULT_EPOCHS[stage], wanted)))
         return Settings(
             epochs, rate * (size / 32) ** 0.5, batch_size=size, bf16=args.bf16, seed=args.seed
         )
@@ -289,21 +319,28 @@ class _Job:
         logits = predict(model, dev, self.tokenizer, bf16=self.arguments.bf16, description=text)
         return asdict(evaluate(logits, torch.tensor(dev["label"][:])))
 
-    def teacher_logits(self, folder: Path) -> torch.Tensor:
-        """The softmax model's logits of the training rows, kept in case the stage is resumed."""
-        file = folder / "teacher_logits.safetensors"
-        if not file.is_file():
-            teacher = load_model(self.stage_folder("softmax"))
-            train = self.tokens("train", self.arguments.max_length)
-            logits = predict(
-                teacher,
-                train,
-                self.tokenizer,
-                bf16=self.arguments.bf16,
-                description="Asking the teacher",
-            )
-            save_file({"logits": logits}, file)
-        return load_file(file)["logits"]
+    def distillation_loss(self, match: float = 0.0) -> Loss:
+        """Towards the softmax model's predictions and the labels."""
+        return distillation_loss(
+            self.teacher_logits(), task_weight=TASK_WEIGHT, temperature=TEMPERATURE, match=match
+        )
+
+    def teacher_logits(self) -> torch.Tensor:
+        """The softmax model's logits of the training rows: computed once and kept beside it, also
+        for other runs that are given the model of this one."""
+        args = self.arguments
+        rows = self.task.train.to_dict()
+        key = hashlib.sha256(json.dumps([rows, args.max_length, args.bf16]).encode())
+        name = f"teacher_logits_{key.hexdigest()[:16]}.safetensors"
+        for folder in (self.stage_folder("softmax"), args.model):
+            if (folder / name).is_file() and not (folder is args.model and self.fine_tune):
+                return load_file(folder / name)["logits"]
+        teacher = load_model(self.stage_folder("softmax"))
+        train = self.tokens("train", args.max_length)
+        text = "Asking the teacher"
+        logits = predict(teacher, train, self.tokenizer, bf16=args.bf16, description=text)
+        save_file({"logits": logits}, self.stage_folder("softmax") / name)
+        return logits
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """The model with its tokenizer; the checkpoints it was trained from are not needed now."""
@@ -312,13 +349,22 @@ class _Job:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
+def extend(model: PreTrainedModel, length: int) -> PreTrainedModel:
+    """``model`` with positions for ``length`` tokens, in place."""
+    import fastattn
+
+    if length > (position_limit(model.config) or length):
+        fastattn.extend_positions(model, length, method="hierarchical")
+    return model
+
+
 def freeze_embeddings(model: PreTrainedModel) -> None:
     """Word embeddings stay as they are: in a small encoder they are half of all parameters, most
     rows are never seen in a task's data, and updating them costs more than it brings."""
     model.get_input_embeddings().weight.requires_grad_(False)
 
 
-def _settle(arguments: Arguments, config: PretrainedConfig) -> tuple[Arguments, bool]:
+def _settle(arguments: ArgumentsT, config: PretrainedConfig) -> tuple[ArgumentsT, bool]:
     """Arguments with the lengths filled in and checked, and whether to fine-tune."""
     if is_linear(config):
         raise ModelError(f"{arguments.model} has linear attention already")

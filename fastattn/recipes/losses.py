@@ -14,7 +14,9 @@ def task_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.float(), batch["labels"])
 
 
-def distillation_loss(teacher_logits: Tensor, *, task_weight: float, temperature: float) -> Loss:
+def distillation_loss(
+    teacher_logits: Tensor, *, task_weight: float, temperature: float, match: float = 0.0
+) -> Loss:
     """Kullback-Leibler divergence from the teacher's softened predictions, plus the task's loss
     (Hinton et al. 2015).
 
@@ -22,10 +24,12 @@ def distillation_loss(teacher_logits: Tensor, *, task_weight: float, temperature
         teacher_logits: float32 (rows, classes), in the order of the data set: the teacher runs
             once over the data, not once an epoch.
         task_weight: weight of the cross entropy against the labels.
+        match: weight of the ``matching_loss`` in the model's output (see ``Theseus``).
     """
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(**model_inputs(batch)).logits.float()
+        output = model(**model_inputs(batch))
+        logits = output.logits.float()
         target = teacher_logits.to(logits.device)[batch["row"]]
         divergence = F.kl_div(
             F.log_softmax(logits / temperature, -1),
@@ -37,6 +41,6 @@ def distillation_loss(teacher_logits: Tensor, *, task_weight: float, temperature
         total = temperature**2 * divergence
         if task_weight:
             total = total + task_weight * F.cross_entropy(logits, batch["labels"])
-        return total
+        return total + match * output.matching_loss if match else total
 
     return loss

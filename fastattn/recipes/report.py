@@ -21,6 +21,24 @@ MODEL_NAMES = {
     "swapped": "linear attention, swapped, untrained",
     "transferred": "linear attention, after attention transfer",
     "linear": "linear attention, after distillation",
+    "replaced": "successor, after replacing",
+    "compressed": "successor, after distillation",
+}
+SHORT_NAMES = {
+    "softmax": "softmax",
+    "swapped": "swapped,\nuntrained",
+    "transferred": "attention\ntransfer",
+    "linear": "linearised",
+    "replaced": "replaced",
+    "compressed": "compressed",
+}
+COLORS = {
+    "softmax": "#8c8c8c",
+    "swapped": "#cfe3f3",
+    "transferred": "#7fb5dc",
+    "replaced": "#3d8fc9",
+    "linear": "#0b6fb8",
+    "compressed": "#0b6fb8",
 }
 
 
@@ -78,18 +96,18 @@ def length_table(points: list[dict[str, Any]]) -> Table:
         title_justify="left",
     )
     table.add_column("tokens", justify="right")
-    for column in ("softmax", "linear", "faster", "softmax", "linear"):
+    old, new = by_name = by_length(points)
+    for column in (old, new, "faster", old, new):
         table.add_column(column, justify="right")
-    by_name = by_length(points)
-    for length, softmax in by_name["softmax"].items():
-        linear = by_name["linear"][length]
+    for length, before in by_name[old].items():
+        after = by_name[new][length]
         table.add_row(
             str(length),
-            duration(softmax["seconds"]),
-            duration(linear["seconds"]),
-            f"{softmax['seconds'] / linear['seconds']:.2f}x",
-            memory(softmax["peak_bytes"]),
-            memory(linear["peak_bytes"]),
+            duration(before["seconds"]),
+            duration(after["seconds"]),
+            f"{before['seconds'] / after['seconds']:.2f}x",
+            memory(before["peak_bytes"]),
+            memory(after["peak_bytes"]),
         )
     return table
 
@@ -103,24 +121,33 @@ def plot(report: Report, path: Path) -> None:
     axes = figure.subplots(1, 3 if points else 1, squeeze=False)[0]
     _plot_accuracy(axes[0], report["models"])
     if points:
-        by_name = by_length(points)
-        colors = {"softmax": "#8c8c8c", "linear": "#0b6fb8"}
-        for name, series in by_name.items():
-            lengths = list(series)
-            style = {"color": colors.get(name), "marker": "o", "label": name}
-            axes[1].plot(lengths, [1e3 * p["seconds"] for p in series.values()], **style)
-            if all(p["peak_bytes"] is not None for p in series.values()):
-                megabytes = [max(p["peak_bytes"], 1) / 2**20 for p in series.values()]
-                axes[2].plot(lengths, megabytes, **style)
-        titles = ("Time of one forward pass", "Peak memory beyond the weights")
-        for axis, title, unit in zip(axes[1:], titles, ("milliseconds", "MiB"), strict=True):
-            axis.set(title=title, xlabel="input length (tokens)", ylabel=unit)
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_xticks(lengths, [str(length) for length in lengths])
-            axis.grid(True, which="both", alpha=0.25)
-            axis.legend(frameon=False)
+        plot_lengths(axes[1:], points, COLORS)
     figure.savefig(path, dpi=130)
+
+
+def plot_lengths(
+    axes: Any,
+    points: list[dict[str, Any]],
+    colors: dict[str, str],
+    labels: dict[str, str] | None = None,
+) -> None:
+    """Time on the first of the axes, peak memory on the second, both against length."""
+    by_name = by_length(points)
+    for name, series in by_name.items():
+        lengths = list(series)
+        style = {"color": colors[name], "marker": "o", "label": (labels or {}).get(name, name)}
+        axes[0].plot(lengths, [1e3 * p["seconds"] for p in series.values()], **style)
+        if all(p["peak_bytes"] is not None for p in series.values()):
+            megabytes = [max(p["peak_bytes"], 1) / 2**20 for p in series.values()]
+            axes[1].plot(lengths, megabytes, **style)
+    titles = ("Time of one forward pass", "Peak memory beyond the weights")
+    for axis, title, unit in zip(axes, titles, ("milliseconds", "MiB"), strict=True):
+        axis.set(title=title, xlabel="input length (tokens)", ylabel=unit)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.grid(True, which="both", alpha=0.25)
+        axis.legend(frameon=False)
 
 
 def by_length(points: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -142,15 +169,9 @@ def memory(size: int | None) -> str:
 
 
 def _plot_accuracy(axis: Any, models: dict[str, dict[str, Any]]) -> None:
-    short = {
-        "softmax": "softmax",
-        "swapped": "swapped,\nuntrained",
-        "transferred": "attention\ntransfer",
-        "linear": "linearised",
-    }
     accuracies = [100 * scores["accuracy"] for scores in models.values()]
-    colors = ["#8c8c8c", "#cfe3f3", "#7fb5dc", "#0b6fb8"]
-    bars = axis.bar([short[name] for name in models], accuracies, color=colors[: len(models)])
+    colors = [COLORS[name] for name in models]
+    bars = axis.bar([SHORT_NAMES[name] for name in models], accuracies, color=colors)
     axis.bar_label(bars, fmt="%.1f")
     axis.axhline(accuracies[0], color="#8c8c8c", linewidth=1, linestyle=":")
     axis.set(title="Accuracy on the dev set", ylabel="per cent", ylim=(0, 108))

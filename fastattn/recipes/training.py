@@ -127,6 +127,7 @@ def fit(
     folder: Path,
     description: str,
     learning_rates: dict[str, float] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> float:
     """Train the parameters of ``model`` that require gradients, in place.
 
@@ -135,6 +136,7 @@ def fit(
         folder: checkpoints of this stage are kept here at the end of each epoch; if there is one,
             training goes on from it.
         learning_rates: factor on the learning rate of the parameters whose name contains the key.
+        callbacks: more for the Trainer.
 
     Returns:
         The mean loss over the last tenth of the steps.
@@ -166,6 +168,7 @@ def fit(
         train_dataset=dataset,
         loss=loss,
         learning_rates=learning_rates or {},
+        callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)  # prints a dict at the end
     batches = len(trainer.get_train_dataloader())

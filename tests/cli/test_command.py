@@ -15,7 +15,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from fastattn.cli.app import app
-from fastattn.cli.linearize import numbers
+from fastattn.cli.options import numbers
 
 ROOT = Path(__file__).parents[2]
 FEW = ("--epochs", "0.5", "--no-bf16", "--threads", "1", "--lengths", "16,32")
@@ -67,6 +67,55 @@ def test_linearize_leaves_model_report_and_plot(encoder: Path, data: Path, tmp_p
         assert set(point) == {"name", "length", "batch", "seconds", "peak_bytes"}
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (output / "config.json").is_file() and (output / "tokenizer.json").is_file()
+
+
+def test_compress_then_compare(
+    classifier: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")  # so that no cell is wrapped
+    output, few = tmp_path / "out", (*FEW[:-1], "16")
+    done = run("compress", "--model", classifier, "--data", data, "--output", output,
+               "--layers", 1, "--attention", "linear", *few)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    for word in ("successor, after distillation", "faster", "predecessor:"):
+        assert word in done.stdout
+    assert json.loads((output / "config.json").read_text())["num_hidden_layers"] == 1
+    before, figures, drawing = output / "run" / "softmax", tmp_path / "c.json", tmp_path / "c.png"
+    done = run("compare", before, output, "--data", data, "--lengths", "16,32", "--no-bf16",
+               "--json", figures, "--plot", drawing)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    for word in ("2, softmax", "1, linear", "same prediction", "faster"):
+        assert word in done.stdout
+    report = json.loads(figures.read_text())
+    assert report["models"]["B"]["parameters"] < report["models"]["A"]["parameters"]
+    assert drawing.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("compress", "--layers", "3"), 4, "must divide the 2 layers"),
+        (("compress",), 4, "nothing to do"),
+        (("compress", "--attention", "sparse"), 2, "'linear'"),
+        (("compare", "gone"), 4, "does not exist"),
+        (("compare", "--json", "gone/x.json"), 5, "there is no folder gone"),
+        (("compare", "--dev", "gone.tsv"), 3, "gone.tsv does not exist"),
+    ],
+)
+def test_errors_of_compress_and_compare(
+    classifier: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...], code: int, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    name, *rest = options
+    if name == "compress":
+        rest += ["--model", str(classifier), "--output", "out"]
+    else:
+        rest = [str(classifier)] * (2 - (rest == ["gone"])) + rest
+    result = run(name, *rest, "--data", data)
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

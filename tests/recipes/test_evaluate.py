@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastattn.recipes.data import find_files, load_task, tokenize
-from fastattn.recipes.evaluate import batches_by_length, evaluate, matthews, predict
+from fastattn.recipes.evaluate import batches_by_length, confusion, evaluate, matthews, predict
 from fastattn.recipes.training import Collator, model_inputs
 
 
@@ -20,16 +20,32 @@ def test_matthews_agrees_with_scikit_learn(classes: int) -> None:
     labels = torch.randint(classes, (200,))
     predicted = torch.where(torch.rand(200) < 0.5, labels, torch.randint(classes, (200,)))
     expected = metrics.matthews_corrcoef(labels.numpy(), predicted.numpy())
-    assert matthews(predicted, labels, classes) == pytest.approx(expected, abs=1e-12)
+    assert float(matthews(confusion(predicted, labels, classes))) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_matthews_of_known_tables() -> None:
     labels = torch.tensor([0, 0, 1, 1])
-    assert matthews(labels, labels, 2) == pytest.approx(1.0)
-    assert matthews(1 - labels, labels, 2) == pytest.approx(-1.0)
-    assert matthews(torch.zeros(4, dtype=torch.long), labels, 2) == 0.0
+
+    def score(*predicted: int) -> float:
+        return float(matthews(confusion(torch.tensor(predicted), labels, 2)))
+
+    assert score(0, 0, 1, 1) == pytest.approx(1.0)
+    assert score(1, 1, 0, 0) == pytest.approx(-1.0)
+    assert score(0, 0, 0, 0) == 0.0
     # TP 1, TN 2, FP 0, FN 1: 2 / sqrt(1 * 2 * 2 * 3)
-    assert matthews(torch.tensor([0, 0, 0, 1]), labels, 2) == pytest.approx(2 / 12**0.5)
+    assert score(0, 0, 0, 1) == pytest.approx(2 / 12**0.5)
+
+
+def test_weighted_rows_count_as_often_as_they_weigh() -> None:
+    torch.manual_seed(0)
+    labels, predicted = torch.randint(3, (20,)), torch.randint(3, (20,))
+    drawn = torch.randint(20, (4, 20))
+    weights = torch.zeros(4, 20).scatter_add_(1, drawn, torch.ones(4, 20))
+    tables = confusion(predicted, labels, 3, weights)
+    for rows, table in zip(drawn, tables, strict=True):
+        assert torch.equal(table, confusion(predicted[rows], labels[rows], 3))
 
 
 def test_evaluate() -> None:

@@ -1,0 +1,127 @@
+"""``fastattn compress``: options to arguments, the run, and the report."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fastattn.cli import options
+from fastattn.cli.exits import exit_codes
+from fastattn.cli.linearize import FEATURE_MAPS
+
+
+class Attention(str, Enum):
+    softmax = "softmax"
+    linear = "linear"
+
+
+def compress(
+    model: Annotated[
+        Path,
+        typer.Option(
+            "--model",
+            help="Folder of a Hugging Face encoder, with or without a trained classification head.",
+            rich_help_panel=options.MODEL,
+        ),
+    ],
+    output: options.Output,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Layers of the result, a divisor of the model's [default: as many].",
+            rich_help_panel=options.MODEL,
+        ),
+    ] = None,
+    attention: Annotated[
+        Attention, typer.Option(help="Of the result.", rich_help_panel=options.MODEL)
+    ] = Attention.softmax,
+    feature_map: Annotated[
+        str,
+        typer.Option(
+            help=f"For linear attention: one of {', '.join(FEATURE_MAPS)}.",
+            rich_help_panel=options.MODEL,
+        ),
+    ] = "hedgehog",
+    data: options.Data = None,
+    train: options.Train = None,
+    dev: options.Dev = None,
+    train_limit: options.TrainLimit = None,
+    max_length: options.MaxLength = None,
+    extend_to: options.ExtendTo = None,
+    fine_tune: options.FineTune = None,
+    epochs: options.Epochs = None,
+    fine_tune_epochs: options.FineTuneEpochs = None,
+    transfer_epochs: options.StageEpochs = None,
+    replace_epochs: options.StageEpochs = None,
+    distill_epochs: options.StageEpochs = None,
+    batch_size: options.BatchSize = None,
+    bf16: options.Bf16 = None,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    lengths: options.Lengths = options.DEFAULT_LENGTHS,
+    restart: options.Restart = False,
+) -> None:
+    """Make a classifier shallower, or linear, or both, by progressive module replacing.
+
+    Fine-tunes the model (unless it is), replaces its layers or its attention at a rising rate by
+    those of a smaller model (BERT-of-Theseus), fine-tunes that with distillation, evaluates,
+    measures, saves. An interrupted run goes on when the same command is given again.
+    """
+    if feature_map not in FEATURE_MAPS:
+        raise typer.BadParameter(
+            f"{feature_map!r} is not one of {', '.join(FEATURE_MAPS)}", param_hint="--feature-map"
+        )
+    chosen_lengths = options.numbers(lengths, "--lengths")
+    with exit_codes():
+        from fastattn.recipes.compress import CompressArguments
+        from fastattn.recipes.compress import compress as run
+        from fastattn.recipes.data import find_files
+        from fastattn.recipes.report import plot, print_report, write_json
+
+        options.quiet(threads)
+        train_file, dev_file = find_files(data, train, dev)
+        arguments = CompressArguments(
+            model=model,
+            train=train_file,
+            dev=dev_file,
+            num_layers=layers,
+            attention=attention.value,
+            feature_map=feature_map,
+            max_length=max_length,
+            extend_to=extend_to,
+            train_limit=train_limit,
+            fine_tune=fine_tune,
+            batch_size=batch_size,
+            bf16=options.has_bf16() if bf16 is None else bf16,
+            seed=seed,
+            lengths=chosen_lengths,
+            **options.chosen_epochs(
+                epochs,
+                fine_tune_epochs=fine_tune_epochs,
+                transfer_epochs=transfer_epochs,
+                replace_epochs=replace_epochs,
+                distill_epochs=distill_epochs,
+            ),
+        )
+        report = run(arguments, output, restart)
+        write_json(report, output / "report.json")
+        plot(report, output / "report.png")
+        console = Console()
+        print_report(report, console)
+        for what, where in (
+            ("compressed", output),
+            ("predecessor", output / "run" / "softmax"),
+            ("report", output / "report.json"),
+            ("plot", output / "report.png"),
+        ):
+            console.print(f"{what + ':':15}{where}", highlight=False, soft_wrap=True)
+        console.print(
+            f"side by side:  fastattn compare {output / 'run' / 'softmax'} {output} --data ...",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,143 @@
+"""Options that several subcommands have, each said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+MODEL, DATA, TRAINING = "Model", "Data", "Training"
+
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        help="Folder for the model, report.json and report.png. New, empty, or of the same run: "
+        "then the run goes on from its last saved stage.",
+        rich_help_panel=MODEL,
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Folder with train.* and dev.* (.tsv, .csv or .jsonl) with the columns text, label "
+        "and perhaps text_pair.",
+        rich_help_panel=DATA,
+    ),
+]
+Train = Annotated[
+    Path | None,
+    typer.Option("--train", help="Training file, if not in --data.", rich_help_panel=DATA),
+]
+Dev = Annotated[
+    Path | None,
+    typer.Option("--dev", help="Dev file, if not in --data.", rich_help_panel=DATA),
+]
+TrainLimit = Annotated[
+    int | None,
+    typer.Option(
+        min=2, help="Use only this many training rows, drawn at random.", rich_help_panel=DATA
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        min=8,
+        help="Tokens that the softmax model reads of a text [default: what it has positions for, "
+        "at most 512].",
+        rich_help_panel=DATA,
+    ),
+]
+ExtendTo = Annotated[
+    int | None,
+    typer.Option(
+        min=8,
+        help="Tokens that the result reads, with its position embeddings extended [default: as "
+        "--max-length].",
+        rich_help_panel=MODEL,
+    ),
+]
+FineTune = Annotated[
+    bool | None,
+    typer.Option(
+        "--fine-tune/--no-fine-tune",
+        help="Fine-tune the softmax model first [default: if it has no trained head].",
+        rich_help_panel=TRAINING,
+    ),
+]
+Epochs = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01,
+        help="Epochs of each of the trainings, instead of their own defaults.",
+        rich_help_panel=TRAINING,
+    ),
+]
+FineTuneEpochs = Annotated[float | None, typer.Option(min=0.01, rich_help_panel=TRAINING)]
+StageEpochs = Annotated[float | None, typer.Option(min=0, rich_help_panel=TRAINING)]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Rows a step [default: 8 to 64, by the length of the texts].",
+        rich_help_panel=TRAINING,
+    ),
+]
+Bf16 = Annotated[
+    bool | None,
+    typer.Option(
+        "--bf16/--no-bf16",
+        help="bfloat16 autocast [default: where the processor has bfloat16 instructions].",
+        rich_help_panel=TRAINING,
+    ),
+]
+Seed = Annotated[int, typer.Option(rich_help_panel=TRAINING)]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads [default: torch's].", rich_help_panel=TRAINING),
+]
+Lengths = Annotated[
+    str, typer.Option(help="Input lengths to measure time and memory at; '' for none.")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Start over what is in --output.")]
+DEFAULT_LENGTHS = "128,256,512,1024,2048,4096,8192"
+
+
+def numbers(text: str | None, option: str) -> tuple[int, ...]:
+    """ "0,2-4" to (0, 2, 3, 4)."""
+    found: list[int] = []
+    for part in filter(None, (text or "").replace(" ", "").split(",")):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise typer.BadParameter(
+                f"{text!r} is no list of numbers such as 0,2-4", param_hint=option
+            )
+        found += range(int(first), int(last or first) + 1)
+    return tuple(sorted(set(found)))
+
+
+def has_bf16() -> bool:
+    """Whether bfloat16 is faster than float32 here: AVX512-BF16 or AMX, or a GPU with it."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return bool(torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported())
+
+
+def chosen_epochs(every: float | None, **own: float | None) -> dict[str, Any]:
+    """Epochs by stage where the user said something: a stage's own, else those for all."""
+    said = {name: every if value is None else value for name, value in own.items()}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def quiet(threads: int | None) -> None:
+    """Set the threads; no log lines and bars of transformers between ours."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)

@@ -1,0 +1,146 @@
+"""A fine-tuned classifier in, one with fewer layers or linear attention or both out.
+
+The stages of ``linearize`` with one more before distillation:
+
+``softmax``   the model, fine-tuned on the task unless it already is: predecessor and teacher
+``transfer``  for linear attention: feature maps fitted to each softmax layer's output
+``replace``   layers or attention modules replaced at a rising rate (``fastattn.theseus``), towards
+              the teacher's predictions and the labels and each replaced module's output
+``distill``   the successor alone, all of it but its word embeddings
+``measure``   time and peak memory of both against input length
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from fastattn.recipes.errors import ModelError
+from fastattn.recipes.linearize import (
+    CHECKPOINTS,
+    FEATURE_MAP_RATE,
+    Arguments,
+    Job,
+    extend,
+    prepare,
+)
+from fastattn.recipes.models import load_config, load_model
+from fastattn.recipes.training import fit, without_dropout
+from fastattn.theseus import LinearSchedule, Theseus, TheseusCallback
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from fastattn.recipes.run import Results
+
+
+@dataclass(frozen=True)
+class CompressArguments(Arguments):
+    """What a run is asked to do; the results depend on nothing else.
+
+    num_layers: of the result, a divisor of the model's; None: as many. attention: "softmax" or
+    "linear". first: start from the first layers rather than from those spread over the model.
+    base: share that is replaced at the first step; it rises to all at the last. match: weight of
+    the loss on the outputs of what is replaced.
+    """
+
+    num_layers: int | None = None
+    attention: str = "softmax"
+    first: bool = False
+    replace_epochs: float | None = None
+    replace_rate: float = 1e-4
+    base: float = 0.5
+    match: float = 1.0
+
+
+def compress(arguments: CompressArguments, output: Path, restart: bool = False) -> dict[str, Any]:
+    """Run all stages that are not done yet; returns the report.
+
+    The result and its tokenizer are saved in ``output``, the predecessor in ``output/run/softmax``.
+
+    Raises:
+        DataError, ModelError, OutputError: before any training.
+    """
+    config = load_config(arguments.model)
+    _check(arguments, config)
+    run, job = prepare(arguments, config, output, restart, CompressJob)
+    stages = {"softmax": run.stage("softmax", job.softmax)}
+    if arguments.attention == "linear":
+        stages["transfer"] = run.stage("transfer", job.transfer)
+    stages["replace"] = run.stage("replace", job.replace)
+    stages["distill"] = run.stage("distill", job.distill)
+    stages["measure"] = run.stage("measure", job.measure)
+    return job.report(stages)
+
+
+class CompressJob(Job[CompressArguments]):
+    """The stages of ``linearize`` with replacing among them."""
+
+    student = "replace"
+    final = "compressed"
+
+    def replace(self, folder: Path) -> Results:
+        args = self.arguments
+        predecessor = extend(load_model(self.stage_folder("softmax")), args.student_length)
+        start = None
+        if args.attention == "linear":
+            start = load_model(self.stage_folder("transfer"))
+        theseus = Theseus(
+            predecessor,
+            args.num_layers,
+            args.attention,  # type: ignore[arg-type]
+            args.feature_map,
+            start=start,
+            first=args.first,
+            match=args.match,
+            seed=args.seed,
+        )
+        results: Results = {}
+        if args.replace_epochs != 0:
+            train = self.tokens("train", args.student_length)
+            settings = self.settings("replace", train)
+            steps = settings.epochs * len(train) / settings.batch_size
+            theseus.schedule = LinearSchedule.over(int(steps), base=args.base)
+            with without_dropout(theseus):
+                results["train_loss"] = fit(
+                    theseus,
+                    train,
+                    self.tokenizer,
+                    self.distillation_loss(args.match),
+                    settings,
+                    folder / CHECKPOINTS,
+                    "Replacing",
+                    {"feature_map": FEATURE_MAP_RATE},
+                    [TheseusCallback(theseus)],
+                )
+        model = theseus.export()
+        results["replaced"] = self.scores(model, args.student_length, "Evaluating the successor")
+        self.save(model, folder)
+        return results
+
+
+def _check(arguments: CompressArguments, config: PretrainedConfig) -> None:
+    """Try it on a model without memory, so that what can't be done is said at once."""
+    if arguments.num_layers in (None, config.num_hidden_layers) and arguments.attention != "linear":
+        raise ModelError(
+            f"nothing to do: {arguments.model} has {config.num_hidden_layers} layers already; give "
+            "fewer --layers, or --attention linear"
+        )
+    if arguments.layers is not None:
+        raise ModelError("compress makes all layers linear, or none")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
+            Theseus(
+                model,
+                arguments.num_layers,
+                arguments.attention,  # type: ignore[arg-type]
+                arguments.feature_map,
+            )
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(f"this model can't be compressed so: {error}") from error

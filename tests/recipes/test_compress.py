@@ -1,0 +1,146 @@
+"""Compressing a tiny model end to end, going on after an interruption, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import fastattn
+from fastattn.recipes import linearize as stages
+from fastattn.recipes.compress import CompressArguments, compress
+from fastattn.recipes.data import find_files
+from fastattn.recipes.errors import ModelError
+from fastattn.recipes.linearize import Job
+from fastattn.recipes.models import load_model
+
+
+@pytest.fixture(scope="module")
+def arguments(encoder: Path, data: Path) -> CompressArguments:
+    train, dev = find_files(data)
+    return CompressArguments(
+        model=encoder,
+        train=train,
+        dev=dev,
+        num_layers=1,
+        fine_tune_epochs=8,
+        fine_tune_rate=3e-3,
+        transfer_epochs=1,
+        replace_epochs=3,
+        replace_rate=1e-3,
+        distill_rate=1e-3,
+        distill_epochs=2,
+        batch_size=16,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(
+    arguments: CompressArguments, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("finished") / "out"
+    return output, compress(arguments, output)
+
+
+def test_half_as_deep_and_about_as_accurate(finished: tuple[Path, dict]) -> None:
+    output, report = finished
+    scores = report["models"]
+    assert list(scores) == ["softmax", "replaced", "compressed"]
+    assert scores["softmax"]["accuracy"] > 0.85
+    assert scores["compressed"]["accuracy"] > scores["softmax"]["accuracy"] - 0.1
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert model.config.num_hidden_layers == len(model.bert.encoder.layer) == 1
+    assert getattr(model.config, "fastattn", None) is None
+
+
+def test_one_layer_and_linear(
+    arguments: CompressArguments, finished: tuple[Path, dict], tmp_path: Path
+) -> None:
+    """From the model that another run has fine-tuned, whose cached predictions it takes."""
+    teacher = finished[0] / "run" / "softmax"
+    given = replace(arguments, model=teacher, attention="linear")
+    report = compress(given, tmp_path / "out")
+    scores = report["models"]
+    assert list(scores) == ["softmax", "swapped", "transferred", "replaced", "compressed"]
+    assert scores["compressed"]["accuracy"] > scores["softmax"]["accuracy"] - 0.1
+    model = fastattn.load(tmp_path / "out")
+    assert len(model.bert.encoder.layer) == 1
+    assert not list((tmp_path / "out" / "run" / "softmax").glob("teacher_logits*"))
+    assert list(teacher.glob("teacher_logits*"))
+
+
+def test_attention_alone(
+    arguments: CompressArguments, finished: tuple[Path, dict], tmp_path: Path
+) -> None:
+    teacher = finished[0] / "run" / "softmax"
+    few = {"transfer_epochs": 0.5, "replace_epochs": 0.5, "distill_epochs": 0}
+    given = replace(arguments, model=teacher, num_layers=None, attention="linear", **few)
+    compress(given, tmp_path / "out")
+    model, before = fastattn.load(tmp_path / "out"), load_model(teacher)
+    assert len(model.bert.encoder.layer) == 2
+    for name, value in before.state_dict().items():
+        changed = not torch.equal(value, model.state_dict()[name])
+        assert changed == (".attention.self." in name), name
+
+
+def test_an_interrupted_run_goes_on(
+    arguments: CompressArguments, finished: tuple[Path, dict], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "distill", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compress(arguments, output)
+    record = json.loads((output / "run" / "run.json").read_text())
+    assert list(record["stages"]) == ["softmax", "replace"]
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "new_classifier", None)  # nothing is fine-tuned again
+        assert compress(arguments, output)["models"] == finished[1]["models"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 3}, r"must divide the 2 layers \(1, 2\); got 3"),
+        ({"num_layers": 2}, "nothing to do"),
+        ({"num_layers": None}, "nothing to do"),
+        ({"attention": "linear", "feature_map": "magic"}, "feature_map"),
+        ({"layers": (0,)}, "all layers linear, or none"),
+    ],
+)
+def test_refused_before_any_training(
+    arguments: CompressArguments, tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        compress(replace(arguments, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_small_data_get_more_epochs_unless_told(arguments: CompressArguments, data: Path) -> None:
+    job = Job.__new__(Job)
+    train = {"length": [10] * 1000}
+
+    class Rows(list):
+        def __getitem__(self, key):
+            return train[key] if isinstance(key, str) else super().__getitem__(key)
+
+    rows = Rows([0] * 1000)
+    job.arguments = replace(arguments, batch_size=None, fine_tune_epochs=None)
+    assert job.settings("fine_tune", rows).epochs == 10  # at most
+    assert job.settings("distill", rows).epochs == 2  # as told
+    job.arguments = replace(job.arguments, batch_size=8)
+    assert job.settings("fine_tune", rows).epochs == 5  # 600 steps of 8 of 1000 rows
+    job.arguments = replace(job.arguments, batch_size=1)
+    assert job.settings("fine_tune", rows).epochs == 3
+
+
+def test_unsupported_model(tmp_path: Path, arguments: CompressArguments) -> None:
+    (tmp_path / "mpnet").mkdir()
+    (tmp_path / "mpnet" / "config.json").write_text('{"model_type": "mpnet"}')
+    with pytest.raises(ModelError, match="support"):
+        compress(replace(arguments, model=tmp_path / "mpnet"), tmp_path / "out")

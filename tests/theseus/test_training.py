@@ -1,0 +1,91 @@
+"""Through transformers' Trainer: resuming in the middle of replacing, and two processes."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastattn.theseus import Theseus
+from tests.theseus.conftest import make
+from tests.theseus.train import make_theseus, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def assert_equal(one: Theseus, two: Theseus) -> None:
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resuming_in_the_middle_changes_nothing(tmp_path: Path, accumulate: int) -> None:
+    """Also with dropout, and with two forward passes, so two draws, for each optimizer step."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "gradient_accumulation_steps": accumulate,
+    }
+    whole = make_theseus(dropout=0.1)
+    record = train(whole, tmp_path / "whole", 8 // accumulate, **options)
+    assert record.state.global_step == 16 and len(record.gates) == 16 * accumulate
+    assert len(set(record.gates)) == 4  # of two modules: all four combinations
+
+    stopped = train(
+        make_theseus(dropout=0.1), tmp_path / "cut", 8 // accumulate, stop_after=7, **options
+    )
+    assert stopped.state.global_step == 7
+    resumed = make_theseus(dropout=0.1)
+    again = train(resumed, tmp_path / "cut", 8 // accumulate, resume=True, **options)
+    assert again.gates == record.gates[len(record.gates) - len(again.gates) :]
+    assert 0 < len(again.gates) < len(record.gates)
+    assert_equal(whole, resumed)
+
+
+def test_two_ranks_draw_the_same_gates_and_train_as_one(tmp_path: Path) -> None:
+    """torchrun with gloo: two processes with batches of 4 against one process with batches of 8."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost"]
+    command += ["-m", "tests.theseus.train", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["ACCELERATE_USE_CPU"] = "true"
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    zero, one = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert zero["world"] == one["world"] == 2
+    assert zero["gates"] == one["gates"] and len(zero["gates"]) == 16
+    for name, value in zero["weights"].items():
+        assert torch.equal(value, one["weights"][name]), name
+    alone = make_theseus()
+    record = train(alone, tmp_path / "alone", 8)
+    assert record.gates == zero["gates"]
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(value, zero["weights"][name], rtol=1e-3, atol=1e-4)
+
+
+def test_share_is_logged_to_whatever_logs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(make_theseus(), tmp_path, 32, logging_steps=1, logging_strategy="steps")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "'loss'" in line]
+    shares = [float(ast.literal_eval(line)["replacing"]) for line in lines]
+    assert shares == [pytest.approx(0.3 + 0.7 / 12 * step, rel=1e-3) for step in range(4)]
+
+
+def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
+    theseus = Theseus(make(head="ForMaskedLM"), num_layers=2)
+    file = tmp_path / "weights.safetensors"
+    save_file(theseus.state_dict(), file)
+    theseus.steps = 5
+    theseus.load_state_dict(load_file(file))
+    assert theseus.steps == 0
+    model = theseus.export()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
