@@ -20,12 +20,14 @@ from fastattn.ops import (
 if TYPE_CHECKING:
     from fastattn.models import extend_positions, linearize, load, restore
     from fastattn.nn import LinearAttention
+    from fastattn.theseus import Theseus
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LinearAttention",
     "LinearAttentionState",
+    "Theseus",
     "__version__",
     "explain",
     "extend_positions",
@@ -39,6 +41,7 @@ __all__ = [
 
 _LAZY = {
     "LinearAttention": "fastattn.nn",
+    "Theseus": "fastattn.theseus",
     "extend_positions": "fastattn.models",
     "linearize": "fastattn.models",
     "load": "fastattn.models",
