@@ -17,10 +17,10 @@ from rich.table import Table
 
 Report = dict[str, Any]
 MODEL_NAMES = {
-    "softmax": "softmax attention, fine-tuned",
-    "swapped": "linear attention, swapped, untrained",
-    "transferred": "linear attention, after attention transfer",
-    "linear": "linear attention, after distillation",
+    "softmax": "softmax, fine-tuned",
+    "swapped": "linear, swapped, untrained",
+    "transferred": "linear, attention matched",
+    "linear": "linear, distilled",
     "replaced": "successor, after replacing",
     "compressed": "successor, after distillation",
 }
@@ -72,9 +72,10 @@ def print_report(report: Report, console: Console) -> None:
 
 def accuracy_table(report: Report) -> Table:
     rows = next(iter(report["models"].values()))["rows"]
-    table = Table(title=f"Accuracy on {rows} dev rows", title_justify="left")
+    caption = "tokens: read of a text; MCC: Matthews correlation"
+    table = Table(title=f"Accuracy on {rows} dev rows", title_justify="left", caption=caption)
     table.add_column("model")
-    for column in ("reads tokens", "accuracy", "of softmax", "Matthews", "loss"):
+    for column in ("tokens", "accuracy", "of softmax", "MCC", "loss"):
         table.add_column(column, justify="right")
     softmax = report["models"]["softmax"]["accuracy"]
     for name, scores in report["models"].items():
@@ -92,8 +93,9 @@ def accuracy_table(report: Report) -> Table:
 def length_table(points: list[dict[str, Any]]) -> Table:
     batch = points[0]["batch"]
     table = Table(
-        title=f"One forward pass, batch {batch}: time and peak memory beyond the weights",
+        title=f"One forward pass, batch {batch}",
         title_justify="left",
+        caption="time, then peak memory beyond the weights",
     )
     table.add_column("tokens", justify="right")
     old, new = by_name = by_length(points)
@@ -115,13 +117,20 @@ def length_table(points: list[dict[str, Any]]) -> Table:
 def plot(report: Report, path: Path) -> None:
     """Accuracies as bars; time and peak memory against length, both axes logarithmic."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     points = report["measurements"]
-    figure = Figure(figsize=(15, 4.5) if points else (6, 4.5), layout="constrained")
+    figure = Figure(
+        figsize=(15, 4.5) if points else (6, 4.5),
+        layout=ConstrainedLayoutEngine(rect=(0, 0.03, 1, 0.97)),
+    )
     axes = figure.subplots(1, 3 if points else 1, squeeze=False)[0]
     _plot_accuracy(axes[0], report["models"])
     if points:
         plot_lengths(axes[1:], points, COLORS)
+    machine = report["machine"]
+    where = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
+    figure.text(0.995, 0.005, where, ha="right", va="bottom", fontsize=8, color="#8c8c8c")
     figure.savefig(path, dpi=130)
 
 
@@ -132,6 +141,8 @@ def plot_lengths(
     labels: dict[str, str] | None = None,
 ) -> None:
     """Time on the first of the axes, peak memory on the second, both against length."""
+    from matplotlib.ticker import LogLocator
+
     by_name = by_length(points)
     for name, series in by_name.items():
         lengths = list(series)
@@ -145,7 +156,10 @@ def plot_lengths(
         axis.set(title=title, xlabel="input length (tokens)", ylabel=unit)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.minorticks_off()
         axis.grid(True, which="both", alpha=0.25)
         axis.legend(frameon=False)
 

@@ -55,7 +55,7 @@ def test_linearize_leaves_model_report_and_plot(encoder: Path, data: Path, tmp_p
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr
         assert ("Fine-tuning" in done.stderr) == (attempt == "first")
-        for word in ("softmax attention, fine-tuned", "after distillation", "faster"):
+        for word in ("softmax, fine-tuned", "swapped, untrained", "linear, distilled", "faster"):
             assert word in done.stdout
     report = json.loads((output / "report.json").read_text())
     assert set(report) == {
