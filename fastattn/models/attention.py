@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from fastattn.models.cache import HOOK, causal
 from fastattn.models.families import ATTENTION_CLASSES, is_supported
 from fastattn.ops import linear_attention
 
@@ -74,13 +75,16 @@ def linear_forward(
 
 
 def linear(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Linear attention of one module, with its own feature maps if it has them."""
+    """Linear attention of one module, with its own feature maps if it has them; in a decoder
+    causal, with its state in the cache."""
     query_map = getattr(module, "query_feature_map", None)
     if query_map is not None:
         query, key, name = query_map(query), module.key_feature_map(key), "features"
     else:
         name = getattr(module, "fastattn_feature_map", DEFAULT_MAP)
     value = value.to(query.dtype)
+    if getattr(module, "is_causal", False):
+        return causal(module, query, key, value, mask, name)
     return linear_attention(query, key, value, feature_map=name, key_mask=mask)
 
 
@@ -161,8 +165,12 @@ def _check_module(module: nn.Module) -> None:
         raise NotImplementedError(
             f"{name} has no linear attention; supported: {', '.join(ATTENTION_CLASSES.values())}"
         )
-    if getattr(module, "is_causal", False):
-        raise NotImplementedError(f"{name} is causal (config.is_decoder): decoders have no support")
+    if getattr(module, "is_causal", False) and not hasattr(module, HOOK):
+        raise NotImplementedError(
+            f"{name} is that of a decoder, whose cache needs fastattn.linearize(model)"
+        )
+    if getattr(module, "is_cross_attention", False):
+        raise NotImplementedError(f"cross-attention ({name}) has no linear attention")
 
 
 @functools.cache

@@ -67,7 +67,7 @@ def complete(model: PreTrainedModel) -> None:
     linear = config._attn_implementation == NAME
     if not is_linear(config):
         if linear:
-            attention_modules(model)  # raises where the name would be ignored
+            attention_modules(model)  # raises where the name would be ignored, and in decoders
         return
     if not linear:
         raise ValueError(
@@ -79,7 +79,7 @@ def complete(model: PreTrainedModel) -> None:
     if not isinstance(settings, dict) or set(settings) != {"feature_map", "layers"}:
         raise ValueError(f"config.json has a damaged field {FIELD!r}: {settings!r}")
     record(config, settings)  # transformers has read attn_implementation and dropped it
-    if not all(hasattr(module, MARK) for module in attention_modules(model)):
+    if not all(hasattr(module, MARK) for module in attention_modules(model, decoders=True)):
         add_maps(model, **check_settings(model, **settings))
 
 

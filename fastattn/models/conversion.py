@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fastattn.models.attention import NAME
-from fastattn.models.families import attention_modules, is_local
+from fastattn.models.cache import add_state, remove_state
+from fastattn.models.families import attention_modules, is_decoder, is_local
 from fastattn.nn.feature_maps import LEARNED, make_pair
 from fastattn.ops import feature_maps
 
@@ -32,10 +33,11 @@ def linearize(
     Layers that attend within a window (ModernBERT's local ones) keep softmax, computed in blocks.
 
     Args:
-        model: a transformers encoder of a family in ``families.ATTENTION_CLASSES``.
+        model: a transformers encoder of a family in ``families.ATTENTION_CLASSES``, or a decoder
+            of one in ``DECODER_CLASSES``, which then generates with a state of constant size.
         feature_map: a fused map by name, or "hedgehog", "t2r" (learned) or "performer" (random).
         layers: indices of the layers to make linear, all by default; the others keep softmax. In
-            ALBERT, whose layers share weights, indices of its distinct layers.
+            ALBERT, whose layers share weights, indices of its distinct layers. In decoders all.
 
     Raises:
         TypeError, NotImplementedError: a model without linear attention.
@@ -57,7 +59,7 @@ def restore(model: PreTrainedModel) -> Any:
     Raises:
         TypeError, NotImplementedError: a model without linear attention.
     """
-    attention_modules(model)  # raises
+    attention_modules(model, decoders=True)  # raises
     _remove_maps(model)
     record(model.config, None)
     previous = getattr(model, "_fastattn_previous", None)
@@ -75,7 +77,9 @@ def add_maps(model: PreTrainedModel, feature_map: str, layers: Sequence[int]) ->
     config: Any = model.config
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    for index, module in enumerate(attention_modules(model)):
+    for index, module in enumerate(attention_modules(model, decoders=True)):
+        if is_decoder(model):
+            add_state(module)
         setattr(module, MARK, feature_map if index in layers else None)
         if index in layers and feature_map in LEARNED:
             weight = next(module.parameters())
@@ -99,7 +103,7 @@ def record(config: Any, settings: dict[str, Any] | None) -> None:
 def check_settings(
     model: PreTrainedModel, feature_map: str, layers: Sequence[int] | None
 ) -> dict[str, Any]:
-    modules = attention_modules(model)
+    modules = attention_modules(model, decoders=True)
     known = [*LEARNED, *(name for name in feature_maps.names() if name not in UNUSABLE)]
     if feature_map not in known:
         raise ValueError(f"feature_map must be one of {', '.join(known)}; got {feature_map!r}")
@@ -111,6 +115,8 @@ def check_settings(
         shared = getattr(model.config, "num_hidden_layers", len(modules)) != len(modules)
         hint = " (its layers share their weights)" if shared else ""
         raise ValueError(f"layers must be within 0..{len(modules) - 1}{hint}; got {bad}")
+    if is_decoder(model) and chosen != able:
+        raise NotImplementedError(f"in a decoder all layers are made linear; got layers={chosen}")
     if bad := [index for index in chosen if index not in able]:
         raise ValueError(
             f"layers {bad} attend within a window, in time linear in the length already, and keep "
@@ -120,7 +126,8 @@ def check_settings(
 
 
 def _remove_maps(model: PreTrainedModel) -> None:
-    for module in attention_modules(model):
+    for module in attention_modules(model, decoders=True):
+        remove_state(module)
         for name in (*MAPS, MARK):
             if hasattr(module, name):
                 delattr(module, name)

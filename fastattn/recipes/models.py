@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastattn.models.conversion import is_linear
+from fastattn.models.families import attention_modules
 from fastattn.recipes.errors import ModelError
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def check_supported(
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
+            attention_modules(model)  # no decoder
             fastattn.linearize(model, feature_map=feature_map, layers=layers)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"this model can't be made linear: {error}") from error

@@ -1,0 +1,131 @@
+"""Decoding in constant time and memory: the state (S, z) in transformers' cache.
+
+``model.generate`` makes a cache of keys and values, which grows. At a linear layer's first token
+its layer in that cache is exchanged for a ``StateLayer``, transformers' linear-attention cache
+layer with S and z as its two recurrent states. It hands on the keys and values it is given, those
+of new tokens alone, and the attention function finds it on the module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    EncoderDecoderCache,
+    LinearAttentionLayer,
+)
+
+from fastattn.ops import LinearAttentionState, linear_attention, linear_attention_step
+
+LAYER = "fastattn_state_layer"  # of an attention module, within one forward pass
+HOOK = "fastattn_state_hook"  # of an attention module that decodes; its handle
+
+
+class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, unused-ignore]
+    """(S, z) after ``get_seq_length()`` tokens; its size does not depend on their number."""
+
+    is_compileable = False  # it counts its tokens in Python
+
+    def __init__(self) -> None:
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=2)
+        self.tokens = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Count the new tokens; nothing of them is kept here, and the past is not given back."""
+        self.tokens += key_states.shape[-2]
+        return key_states, value_states
+
+    @property
+    def state(self) -> LinearAttentionState | None:
+        """The sums themselves, to be updated in place; None before the first token."""
+        if not self.has_previous_state[0]:
+            return None
+        return LinearAttentionState(self.recurrent_states[0], self.recurrent_states[1])
+
+    def write(self, state: LinearAttentionState) -> None:
+        self.device, self.dtype = state.S.device, state.S.dtype
+        for index, value in enumerate(state):
+            self.update_recurrent_state(value.detach(), index)
+            self.has_previous_state[index] = True
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.tokens + query_length, 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.tokens = 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda value: value.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda value: value[indices])
+
+    def _each(self, change: Any) -> None:
+        for index, value in self.recurrent_states.items():
+            if value is not None:
+                self.recurrent_states[index] = change(value)
+
+
+def add_state(module: nn.Module) -> None:
+    """Let ``module``, the self-attention of a decoder, keep its state in the cache it is given."""
+    if not hasattr(module, HOOK):
+        setattr(module, HOOK, module.register_forward_pre_hook(_find_layer, with_kwargs=True))
+
+
+def remove_state(module: nn.Module) -> None:
+    if hasattr(module, HOOK):
+        getattr(module, HOOK).remove()
+        delattr(module, HOOK)
+
+
+def causal(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: str
+) -> Tensor:
+    """Causal linear attention of new tokens (B, H, N, D), after those in the module's state."""
+    layer: StateLayer | None = getattr(module, LAYER, None)
+    new = query.shape[2]
+    mask = None if mask is None else mask[:, -new:]  # the mask is that of all tokens so far
+    options: dict[str, Any] = {"feature_map": feature_map, "key_mask": mask}
+    if layer is None:
+        return linear_attention(query, key, value, is_causal=True, **options)
+    setattr(module, LAYER, None)
+    state = layer.state
+    needs_grad = torch.is_grad_enabled() and query.requires_grad
+    if new == 1 and state is not None and not needs_grad:
+        return linear_attention_step(query, key, value, state, **options)
+    out, after = linear_attention(
+        query, key, value, is_causal=True, initial_state=state, return_state=True, **options
+    )
+    layer.write(after)
+    return out
+
+
+def _find_layer(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    if cache is None:
+        setattr(module, LAYER, None)
+        return
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    index = module.layer_idx
+    while len(cache.layers) <= index:
+        cache.layers.append(DynamicLayer())
+    if not isinstance(cache.layers[index], StateLayer):
+        if cache.layers[index].get_seq_length():
+            raise ValueError(
+                "the cache holds keys and values of softmax attention: linear attention needs a "
+                "cache that it has filled itself"
+            )
+        cache.layers[index] = StateLayer()
+    setattr(module, LAYER, cache.layers[index])
