@@ -25,7 +25,7 @@ LAYER = "fastattn_state_layer"  # of an attention module, within one forward pas
 HOOK = "fastattn_state_hook"  # of an attention module that decodes; its handle
 
 
-class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, unused-ignore]
+class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, override, unused-ignore]
     """(S, z) after ``get_seq_length()`` tokens; its size does not depend on their number."""
 
     is_compileable = False  # it counts its tokens in Python
@@ -47,10 +47,13 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, u
         """The sums themselves, to be updated in place; None before the first token."""
         if not self.has_previous_state[0]:
             return None
-        return LinearAttentionState(self.recurrent_states[0], self.recurrent_states[1])
+        S, z = self.recurrent_states[0], self.recurrent_states[1]
+        assert S is not None and z is not None
+        return LinearAttentionState(S, z)
 
     def write(self, state: LinearAttentionState) -> None:
-        self.device, self.dtype = state.S.device, state.S.dtype
+        place: Any = self  # the device and type are first annotated as None
+        place.device, place.dtype = state.S.device, state.S.dtype
         for index, value in enumerate(state):
             self.update_recurrent_state(value.detach(), index)
             self.has_previous_state[index] = True
@@ -98,7 +101,8 @@ def causal(
     mask = None if mask is None else mask[:, -new:]  # the mask is that of all tokens so far
     options: dict[str, Any] = {"feature_map": feature_map, "key_mask": mask}
     if layer is None:
-        return linear_attention(query, key, value, is_causal=True, **options)
+        out: Tensor = linear_attention(query, key, value, is_causal=True, **options)
+        return out
     setattr(module, LAYER, None)
     state = layer.state
     needs_grad = torch.is_grad_enabled() and query.requires_grad
