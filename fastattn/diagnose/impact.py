@@ -1,0 +1,168 @@
+"""Perturbed masking: how much one token's representation depends on another token.
+
+Mask token i and look at its vector; mask token j as well and see how far it moves:
+F[i, j] = d(H(x without i)_i, H(x without i, j)_i). Nothing is trained, so the matrix shows what
+the encoder itself knows of structure, and two encoders can be compared entry by entry.
+
+Source: Wu, Chen, Kao, Liu, "Perturbed Masking", 2020, https://arxiv.org/abs/2004.14786.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.diagnose.ranks import kendall, spearman
+from fastattn.diagnose.texts import evaluating
+
+METRICS = ("prob", "dist", "cos")
+TOKENS_PER_BATCH = 4096
+
+
+def impact_matrix(
+    model: nn.Module,
+    input_ids: Tensor,
+    mask_token_id: int,
+    *,
+    metric: str = "dist",
+    layer: int = -1,
+    spans: Sequence[Sequence[int]] | None = None,
+    band: int | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> Tensor:
+    """The impact F (n, n) of each span (column) on each span (row); its diagonal is 0.
+
+    The input without i and j is that without j and i, so n (n + 1) / 2 distinct inputs are run.
+
+    Args:
+        model: a transformers encoder; for "prob" one with a masked-language-model head.
+        input_ids: (T,) or (1, T), one text without padding.
+        mask_token_id: what a masked token becomes.
+        metric: "prob": the drop of the log-probability of span i's own tokens; "dist": the
+            Euclidean distance, "cos": one minus the cosine, of its mean vector.
+        layer: which hidden state "dist" and "cos" look at: 0 is the embeddings, -1 the last layer.
+        spans: positions of each unit, for example a word's pieces; all of them are masked together.
+            By default each of the T tokens, special tokens included.
+        band: compute only |i - j| <= band; the other entries are NaN. For segmentation, 1.
+        tokens_per_batch: tokens in one forward pass.
+
+    Raises:
+        ValueError: an unknown metric, a span that is empty or out of range, or more than one text.
+
+    On float32 models entries that should be 0 are as large as rounding.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
+    ids = input_ids.reshape(-1) if input_ids.ndim < 2 or len(input_ids) == 1 else None
+    if ids is None:
+        raise ValueError(f"input_ids must be one text, (T,) or (1, T); got {list(input_ids.shape)}")
+    units: list[Sequence[int]] = [[i] for i in range(len(ids))] if spans is None else list(spans)
+    for number, unit in enumerate(units):
+        if not unit or min(unit) < 0 or max(unit) >= len(ids):
+            raise ValueError(
+                f"spans[{number}] must hold positions in 0..{len(ids) - 1}; got {unit}"
+            )
+    ids = ids.to(next(model.parameters()).device)
+    count = len(units)
+    reach = count if band is None else band
+    pairs = [(i, j) for i in range(count) for j in range(i, min(count, i + reach + 1))]
+    probe = _Probe(model, ids, units, metric, layer)
+    rows_per_batch = max(1, tokens_per_batch // len(ids))
+    seen: dict[tuple[int, int], Tensor] = {}  # (i, j): unit i's reading without i and j
+    with evaluating(model), torch.no_grad():
+        for start in range(0, len(pairs), rows_per_batch):
+            batch = pairs[start : start + rows_per_batch]
+            masked = ids.repeat(len(batch), 1)
+            for row, (i, j) in enumerate(batch):
+                masked[row, [*units[i], *units[j]]] = mask_token_id
+            seen.update(probe.read(masked, batch))
+    matrix = torch.full((count, count), torch.nan, dtype=torch.float64)
+    matrix.fill_diagonal_(0)
+    for (i, j), reading in seen.items():
+        if i != j:
+            matrix[i, j] = probe.distance(seen[i, i], reading)
+    return matrix
+
+
+class _Probe:
+    """What is read of a unit (its tokens' log-probability, or its mean vector), and how far two
+    readings are apart."""
+
+    def __init__(
+        self, model: Any, ids: Tensor, units: list[Sequence[int]], metric: str, layer: int
+    ) -> None:
+        self.model, self.ids, self.units = model, ids, units
+        self.metric, self.layer = metric, layer
+
+    def read(self, masked: Tensor, pairs: list[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
+        """Readings of both units of each pair from one batch of inputs without both."""
+        output = self._run(masked)
+        wanted = [(row, i, j) for row, pair in enumerate(pairs) for i, j in (pair, pair[::-1])]
+        return {(i, j): self._of_unit(output[row], i) for row, i, j in wanted}
+
+    def distance(self, alone: Tensor, together: Tensor) -> float:
+        """From the reading without unit i to that without i and j."""
+        if self.metric == "prob":
+            return float(alone - together)
+        if self.metric == "dist":
+            return float(torch.linalg.vector_norm(alone - together))
+        return float(1 - nn.functional.cosine_similarity(alone, together, dim=0))
+
+    def _run(self, masked: Tensor) -> Tensor:
+        inputs = {"input_ids": masked, "attention_mask": torch.ones_like(masked)}
+        if self.metric != "prob":
+            hidden: Tensor = self.model(**inputs, output_hidden_states=True).hidden_states[
+                self.layer
+            ]
+            return hidden
+        logits = getattr(self.model(**inputs), "logits", None)
+        if logits is None or logits.ndim != 3:
+            raise ValueError(
+                f'metric="prob" needs a masked-language-model head; {type(self.model).__name__} '
+                'has none: use "dist" or "cos"'
+            )
+        truth = self.ids.expand_as(masked)[..., None]
+        own: Tensor = logits.gather(-1, truth)[..., 0] - logits.logsumexp(-1)
+        return own
+
+    def _of_unit(self, output: Tensor, unit: int) -> Tensor:
+        values = output[self.units[unit]].double()
+        return values.sum(0) if self.metric == "prob" else values.mean(0)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two impact matrices are, over their off-diagonal entries.
+
+    Attributes:
+        spearman, kendall: rank correlations.
+        top: the share of rows whose largest entry is at the same place.
+    """
+
+    spearman: float
+    kendall: float
+    top: float
+
+
+def agreement(first: Tensor, second: Tensor) -> Agreement:
+    """Compare two models' impact matrices (n, n) of the same text.
+
+    Raises:
+        ValueError: shapes that differ, or matrices with NaN (made with ``band``).
+    """
+    if first.shape != second.shape or first.ndim != 2 or len(first) != first.shape[1]:
+        raise ValueError(
+            f"two square matrices of one shape are needed; got {list(first.shape)} "
+            f"and {list(second.shape)}"
+        )
+    if first.isnan().any() or second.isnan().any():
+        raise ValueError("the matrices have NaN entries: compute them without band=")
+    off_diagonal = ~torch.eye(len(first), dtype=torch.bool)
+    a, b = first[off_diagonal], second[off_diagonal]
+    rows = (x.masked_fill(~off_diagonal, -torch.inf).argmax(1) for x in (first, second))
+    best_a, best_b = rows
+    return Agreement(spearman(a, b), kendall(a, b), float((best_a == best_b).double().mean()))

@@ -1,0 +1,176 @@
+"""Perturbed masking against the double loop it stands for, and on structure that was planted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fastattn.diagnose import agreement, impact_matrix
+
+MASK = 1
+SIZES = {
+    "vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 64, "max_position_embeddings": 32, "initializer_range": 0.3,
+}  # fmt: skip
+LEARNS = {
+    "initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+
+def masked_language_model(attention: str = "softmax attention", **sizes: float) -> Any:
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**{**SIZES, **sizes})).eval()
+    if attention != "softmax attention":
+        import fastattn
+
+        fastattn.linearize(model, attention)
+    return model
+
+
+def naive(model: Any, ids: Tensor, metric: str, layer: int, spans: list[list[int]]) -> Tensor:
+    """As the definition says: one input at a time, T^2 of them."""
+
+    def reading(masked: list[int], unit: list[int]) -> Tensor:
+        changed = ids.clone()
+        changed[masked] = MASK
+        with torch.no_grad():
+            output = model(input_ids=changed[None], output_hidden_states=True)
+        if metric == "prob":
+            log_probs = output.logits[0].log_softmax(-1)
+            return sum(log_probs[i, ids[i]] for i in unit)
+        return output.hidden_states[layer][0, unit].mean(0)
+
+    result = torch.zeros(len(spans), len(spans), dtype=torch.float64)
+    for i, row in enumerate(spans):
+        for j, column in enumerate(spans):
+            a, b = reading(row, row), reading([*row, *column], row)
+            if metric == "prob":
+                result[i, j] = a - b
+            elif metric == "dist":
+                result[i, j] = (a - b).norm()
+            else:
+                result[i, j] = 1 - torch.cosine_similarity(a, b, dim=0)
+    return result
+
+
+@pytest.mark.parametrize("attention", ["softmax attention", "elu"])
+@pytest.mark.parametrize("metric", ["prob", "dist", "cos"])
+def test_equals_the_double_loop(metric: str, attention: str, seed: int) -> None:
+    model, ids = masked_language_model(attention), torch.randint(2, 30, (9,))
+    for layer, spans in ((-1, [[i] for i in range(9)]), (1, [[0, 1], [4], [3, 7, 8]])):
+        got = impact_matrix(
+            model, ids, MASK, metric=metric, layer=layer, spans=spans, tokens_per_batch=40
+        )
+        assert torch.equal(got.diagonal(), torch.zeros(len(spans), dtype=torch.float64))
+        want = naive(model, ids, metric, layer, spans)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(want, want.T, atol=1e-3)
+
+
+def test_band_computes_the_neighbours_alone(seed: int) -> None:
+    model, ids = masked_language_model(), torch.randint(2, 30, (9,))
+    whole, band = (impact_matrix(model, ids, MASK, band=band) for band in (None, 1))
+    near = (torch.arange(9)[:, None] - torch.arange(9)).abs() <= 1
+    torch.testing.assert_close(band[near], whole[near], atol=1e-5, rtol=1e-5)
+    assert band[~near].isnan().all()
+
+
+def test_runs_each_distinct_input_once(seed: int) -> None:
+    model, ids = masked_language_model(), torch.randint(2, 30, (9,))
+    inputs: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: inputs.extend(map(tuple, kwargs["input_ids"].tolist())),
+        with_kwargs=True,
+    )
+    impact_matrix(model, ids, MASK)
+    assert len(inputs) == len(set(inputs)) == 9 * 10 // 2
+    inputs.clear()
+    impact_matrix(model, ids, MASK, band=1)
+    assert len(inputs) == 2 * 9 - 1
+
+
+def test_nothing_where_attention_is_blocked(seed: int) -> None:
+    """Two halves that can't see each other: no impact across, to the last bit."""
+    model, ids = masked_language_model().double(), torch.randint(2, 30, (8,))
+    half = torch.arange(8) // 4
+    seen = (half[:, None] == half)[None, None]
+
+    class Blocked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+            mask = seen.expand(len(input_ids), 1, 8, 8)
+            return self.model(input_ids=input_ids, attention_mask=mask, **options)
+
+    for metric in ("prob", "dist"):
+        # Rows of one batch, so that the matrix products round alike.
+        matrix = impact_matrix(Blocked(), ids, MASK, metric=metric)
+        assert (matrix[half[:, None] != half] == 0).all()
+        assert (matrix[(half[:, None] == half) & ~torch.eye(8, dtype=bool)] != 0).all()
+
+
+def test_a_planted_copy_is_found() -> None:
+    """Trained on text whose second half repeats the first, the model gives each token its twin as
+    the strongest impact; an untrained model does not."""
+    torch.manual_seed(0)
+    model, half = masked_language_model(**LEARNS), 5
+    twin = torch.arange(2 * half).roll(half)
+
+    def share_found() -> float:
+        found = 0.0
+        for _ in range(8):
+            ids = torch.randint(2, 30, (half,)).repeat(2)
+            matrix = impact_matrix(model, ids, MASK, metric="prob").fill_diagonal_(-torch.inf)
+            found += float((matrix.argmax(1) == twin).double().mean()) / 8
+        return found
+
+    assert share_found() < 0.4  # chance is 1 / 9
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model.train()
+    for _ in range(250):
+        ids = torch.randint(2, 30, (64, half)).repeat(1, 2)
+        chosen = torch.rand(ids.shape) < 0.2
+        labels = ids.masked_fill(~chosen, -100)
+        optimizer.zero_grad()
+        model(input_ids=ids.masked_fill(chosen, MASK), labels=labels).loss.backward()
+        optimizer.step()
+    model.eval()
+    assert share_found() >= 0.95
+
+
+def test_agreement(seed: int) -> None:
+    model, ids = masked_language_model(), torch.randint(2, 30, (9,))
+    first = impact_matrix(model, ids, MASK)
+    same = agreement(first, impact_matrix(model, ids, MASK))
+    assert (same.spearman, same.top) == (1.0, 1.0)
+    assert same.kendall == pytest.approx(1)
+    other = agreement(first, impact_matrix(masked_language_model(), ids, MASK))
+    assert other.spearman < 0.9
+    reversed_order = agreement(first, -first)
+    assert reversed_order.spearman == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, ids: impact_matrix(m, ids, MASK, metric="l2"), "metric must be one of prob"),
+        (lambda m, ids: impact_matrix(m, ids, MASK, spans=[[0], []]), r"spans\[1\] must hold"),
+        (lambda m, ids: impact_matrix(m, ids, MASK, spans=[[9]]), r"positions in 0..8; got \[9\]"),
+        (lambda m, ids: impact_matrix(m, ids.repeat(2, 1), MASK), r"one text, .*got \[2, 9\]"),
+        (lambda m, ids: impact_matrix(m.bert, ids, MASK, metric="prob"), "head; BertModel has"),
+        (lambda m, ids: agreement(torch.ones(2, 2), torch.ones(3, 3)), "of one shape"),
+        (
+            lambda m, ids: agreement(*[impact_matrix(m, ids, MASK, band=1)] * 2),
+            "NaN entries: compute them without band",
+        ),
+    ],
+)
+def test_arguments(call: Callable[[Any, Tensor], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(masked_language_model(), torch.arange(2, 11))
