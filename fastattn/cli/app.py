@@ -6,6 +6,7 @@ import typer
 
 from fastattn.cli.compare import compare
 from fastattn.cli.compress import compress
+from fastattn.cli.diagnose import diagnose
 from fastattn.cli.exits import EXIT_CODES
 from fastattn.cli.info import info
 from fastattn.cli.linearize import linearize
@@ -23,3 +24,4 @@ app.command()(info)
 app.command(epilog=EXIT_CODES)(linearize)
 app.command(epilog=EXIT_CODES)(compress)
 app.command(epilog=EXIT_CODES)(compare)
+app.command(epilog=EXIT_CODES)(diagnose)

@@ -108,6 +108,33 @@ def load_task(train_file: Path, dev_file: Path, labels: tuple[str, ...] | None =
     return Task(encode(train), encode(dev), names, has_pairs)
 
 
+def read_texts(path: Path) -> list[str | tuple[str, str]]:
+    """The texts, or pairs of texts, of one file: labels are not needed. Empty texts are left out.
+
+    Raises:
+        DataError: no such file, another format, no column 'text', or no text in it.
+    """
+    if not path.is_file():
+        raise DataError(f"file {path} does not exist")
+    if path.suffix not in (*SUFFIXES, ".txt"):
+        raise DataError(f"{path} must end in one of {', '.join((*SUFFIXES, '.txt'))}")
+    if path.suffix == ".txt":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        texts: list[Any] = [line.strip() for line in lines]
+    else:
+        dataset = _parse(path)
+        if "text" not in dataset.column_names:
+            there = ", ".join(map(repr, dataset.column_names)) or "nothing"
+            raise DataError(f"{path} has no column 'text'; its columns are {there}")
+        texts = dataset["text"][:]
+        if "text_pair" in dataset.column_names:
+            texts = list(zip(texts, dataset["text_pair"][:], strict=True))
+    found = [text for text in texts if text and all(text)]
+    if not found:
+        raise DataError(f"{path} has no texts")
+    return found
+
+
 def limit_train(task: Task, rows: int | None, seed: int) -> Task:
     """``task`` with at most ``rows`` training rows, drawn with ``seed``. Classes are kept in the
     proportion they happen to be drawn in."""
@@ -159,8 +186,8 @@ def _find(folder: Path | None, split: str, named: Path | None) -> Path:
     return found[0]
 
 
-def _read(path: Path) -> Dataset:
-    """The columns text[, text_pair], label of one file, all as strings."""
+def _parse(path: Path) -> Dataset:
+    """The rows of one file, text, text_pair and label unconverted."""
     from datasets import Dataset
 
     is_json = path.suffix in (".jsonl", ".json")
@@ -189,6 +216,14 @@ def _read(path: Path) -> Dataset:
         raise
     except Exception as error:  # the parsers raise whatever they like
         raise DataError(f"can't read {path}: {_cause(error)}") from error
+    return dataset
+
+
+def _read(path: Path) -> Dataset:
+    """The columns text[, text_pair], label of one file, all as strings."""
+    from datasets import Dataset
+
+    dataset = _parse(path)
     for column in ("text", "label"):
         if column not in dataset.column_names:
             there = ", ".join(map(repr, dataset.column_names)) or "nothing"

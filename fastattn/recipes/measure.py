@@ -75,6 +75,7 @@ def _measure_point(
 ) -> Point:
     torch.set_num_threads(threads)
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # an untrained head takes as long as a trained one
     model = load_model(path).eval()
     limit = position_limit(model.config)
     if limit is not None and limit < longest:

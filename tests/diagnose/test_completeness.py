@@ -34,8 +34,9 @@ def gradients(
     return attribute(model, tokenizer, [TEXT], **options)[0]
 
 
-@pytest.mark.parametrize("baseline", ["pad", "mask", "zero"])
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize(
+    ("name", "baseline"), [*((name, "pad") for name in ATTENTION), ("elu", "mask"), ("elu", "zero")]
+)
 def test_float32(
     real_encoder: Callable[..., Any], real_tokenizer: Any, name: str, baseline: str
 ) -> None:
