@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from fastattn.cli.exits import exit_codes
-from fastattn.cli.linearize import numbers
+from fastattn.cli.options import numbers
 
 METRICS = ("dist", "cos", "prob", "none")
 BASELINES = ("pad", "mask", "zero")

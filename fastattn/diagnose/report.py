@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastattn.diagnose.attribution import Attribution
 from fastattn.diagnose.comparison import TOP, Pair, compare
 from fastattn.diagnose.impact import agreement, impact_matrix
-from fastattn.diagnose.texts import encode
+from fastattn.diagnose.texts import Text, encode
 from fastattn.recipes.data import read_texts
 from fastattn.recipes.errors import ModelError
 from fastattn.recipes.measure import measure
@@ -66,9 +66,11 @@ def diagnose(
     objective = ""
     with progress("Comparing", len(chosen)) as advance:
         for text in chosen:
-            options = {"baseline": baseline, "points": points, "max_length": max_length}
+            options: Any = {"baseline": baseline, "points": points, "max_length": max_length}
             try:
-                comparison = compare(*models.values(), tokenizer, [text], **options)
+                comparison = compare(
+                    models["original"], models["patched"], tokenizer, [text], **options
+                )
             except ValueError as error:
                 raise ModelError(str(error)) from error
             objective, pair = comparison.objective, comparison.pairs[0]
@@ -99,12 +101,12 @@ def _load(folder: Path) -> PreTrainedModel:
 
     config = load_config(folder)
     if is_fine_tuned(config):
-        return load_model(folder).eval()
+        model: PreTrainedModel = load_model(folder)
+        return model.eval()  # type: ignore[no-any-return]
     try:
-        if getattr(config, "fastattn", None) is not None:
-            return fastattn.load(folder).eval()
-        model: PreTrainedModel = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-        return model
+        linear = getattr(config, "fastattn", None) is not None
+        model = fastattn.load(folder) if linear else AutoModel.from_pretrained(folder)
+        return model.eval()  # type: ignore[no-any-return]
     except (ValueError, OSError) as error:
         raise ModelError(f"can't load the model in {folder}: {error}") from error
 
@@ -134,7 +136,7 @@ def _scores(found: Attribution) -> dict[str, Any]:
 
 
 def _impact(
-    models: dict[str, PreTrainedModel], tokenizer: Any, text: str, metric: str, max_length: int
+    models: dict[str, PreTrainedModel], tokenizer: Any, text: Text, metric: str, max_length: int
 ) -> dict[str, Any]:
     """Matrices over the tokens that are not special, and how alike they are."""
     inputs, special = encode(models["original"], tokenizer, text, max_length)

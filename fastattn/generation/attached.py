@@ -1,0 +1,202 @@
+"""A self-terminating head on a transformers decoder, in training and in ``generate``.
+
+The head is applied to the logits as the model returns them, not by a logits processor: beam search
+normalises logits before any processor sees them, and reorders nothing but the cache. So the head's
+one number for each sequence lives in the cache, and is reordered, repeated and reset with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from fastattn.generation.self_terminating import SelfTerminatingHead
+
+FIELD = "fastattn_self_terminating"  # of the configuration: what a saved model was trained with
+KEEP = "logits_to_keep"
+
+
+def attach(head: SelfTerminatingHead, model: Any) -> Any:
+    """See ``SelfTerminatingHead.attach``."""
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False) or not model.can_generate():
+        raise NotImplementedError(
+            f"a self-terminating head needs a causal language model; got {type(model).__name__}"
+        )
+    if hasattr(model, "_fastattn_detach"):
+        raise ValueError(f"{type(model).__name__} has a self-terminating head already")
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        model.generation_config.eos_token_id = head.eos_token_id
+    elif head.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
+        raise ValueError(
+            f"the head ends at token {head.eos_token_id}, but the model's generation_config has "
+            f"eos_token_id={ends}"
+        )
+    signature = inspect.signature(model.forward)
+    softmax_loss = model.loss_function
+
+    def before(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if head.kind == "st" and head.clock == "all" and kwargs.get(KEEP):
+            return args, {**kwargs, KEEP: 0}  # the product over the prompt needs all its logits
+        return None
+
+    def after(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not hasattr(output, "logits"):
+            raise NotImplementedError("a self-terminating head needs return_dict=True")
+        given = signature.bind_partial(*args, **kwargs).arguments
+        given.update(given.pop("kwargs", {}))
+        if given.get("labels") is not None:
+            _score(head, output, given)
+        elif isinstance(getattr(output, "past_key_values", None), Cache):
+            _decode(head, output, given)
+        else:
+            _check_all_logits(output, given)
+            output.logits = head.log_probs(output.logits, _unpadded(head, given))
+        return output
+
+    hooks = (
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    )
+    model.loss_function = lambda *args, **kwargs: None  # the head's loss takes its place
+
+    def detach() -> None:
+        for hook in hooks:
+            hook.remove()
+        model.loss_function = softmax_loss
+        delattr(config, FIELD)
+        del model._fastattn_detach
+
+    setattr(config, FIELD, {"eos_token_id": head.eos_token_id, "epsilon": head.epsilon,
+                            "kind": head.kind, "clock": head.clock})  # fmt: skip
+    model._fastattn_detach = detach
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Take the head off again; the model is a plain softmax model then.
+
+    Raises:
+        ValueError: a model without such a head.
+    """
+    if not hasattr(model, "_fastattn_detach"):
+        raise ValueError(f"{type(model).__name__} has no self-terminating head")
+    model._fastattn_detach()
+    return model
+
+
+def _score(head: SelfTerminatingHead, output: Any, given: dict[str, Any]) -> None:
+    """Training and evaluation: all positions at once, and the loss of the labels."""
+    _check_all_logits(output, given)
+    labels = given["labels"]
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    if head.clock == "all":
+        started = _unpadded(head, given)
+    else:
+        started = (following != -100).cumsum(1) > 0
+    output.logits = head.log_probs(output.logits, started)
+    total = torch.nn.functional.nll_loss(
+        output.logits.flatten(0, 1), following.to(output.logits.device).flatten(), reduction="sum"
+    )
+    items = given.get("num_items_in_batch")
+    output.loss = total / ((following != -100).sum() if items is None else items)
+
+
+def _decode(head: SelfTerminatingHead, output: Any, given: dict[str, Any]) -> None:
+    """``generate``: a prompt, and then token after token."""
+    cache, logits = output.past_key_values, output.logits
+    carry = getattr(cache, "carry", None)
+    tokens, kept = _tokens(given), logits.shape[1]
+    started = _unpadded(head, given)
+    if carry is None:
+        _carry_in(cache)
+        if head.clock == "generated":
+            started = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
+            started[:, -1] = True  # the prompt's other positions predict the prompt
+        elif kept < tokens and head.kind == "nmst":
+            unseen = tokens - kept if started is None else started[:, : tokens - kept].sum(1)
+            one = torch.full_like(logits[:, 0, 0], 1, dtype=torch.float32)
+            carry = unseen * one * torch.log1p(torch.tensor(-head.epsilon)).to(one)
+            started = None if started is None else started[:, tokens - kept :]
+    elif tokens > 1 and head.clock == "generated":
+        raise ValueError(
+            f"{tokens} tokens after the prompt in one call: with clock='generated' the prompt must "
+            "be read in one call and tokens generated one by one (no prefill_chunk_size, assistant "
+            "model or prompt lookup, and no cache of an earlier conversation)"
+        )
+    if head.kind == "st" and head.clock == "all" and kept < tokens:
+        raise ValueError(f"kind='st' with clock='all' needs the logits of all {tokens} tokens")
+    if carry is not None and len(carry) != len(logits):
+        raise ValueError(f"the cache holds {len(carry)} sequences, but {len(logits)} are decoded")
+    output.logits, cache.carry = head._apply(logits, carry, started)
+
+
+def _tokens(given: dict[str, Any]) -> int:
+    ids = given.get("input_ids")
+    tokens: Tensor = given["inputs_embeds"] if ids is None else ids
+    return tokens.shape[1]
+
+
+def _check_all_logits(output: Any, given: dict[str, Any]) -> None:
+    if output.logits.shape[1] != _tokens(given):
+        raise ValueError(
+            f"logits of {output.logits.shape[1]} of {_tokens(given)} tokens: without a cache a "
+            "self-terminating head needs all of them (generate with use_cache=True)"
+        )
+
+
+def _unpadded(head: SelfTerminatingHead, given: dict[str, Any]) -> Tensor | None:
+    """For the clock "all", which of this call's tokens are no padding (B, N)."""
+    mask = given.get("attention_mask")
+    if head.clock == "generated" or mask is None:
+        return None
+    if mask.ndim != 2:
+        raise NotImplementedError("clock='all' needs a padding mask of shape (batch, tokens)")
+    unpadded: Tensor = mask[:, -_tokens(given) :] != 0
+    return unpadded
+
+
+def _carry_in(cache: Cache) -> None:
+    """Make ``cache`` carry the head's number for each sequence wherever its own content goes."""
+    kind: Any = type(cache)
+    if not issubclass(kind, _Carrying):
+        cache.__class__ = _carrying(type(cache))
+
+
+class _Carrying:
+    """What a cache with a head's numbers does besides."""
+
+    carry: Tensor | None = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        assert self.carry is not None
+        self.carry = self.carry.index_select(0, beam_idx.to(self.carry.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        assert self.carry is not None
+        self.carry = self.carry.repeat_interleave(repeats, 0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        assert self.carry is not None
+        self.carry = self.carry[indices]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.carry = None
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("a self-terminating head can't take tokens back")
+
+
+@functools.cache
+def _carrying(kind: Any) -> Any:
+    return type(kind.__name__, (_Carrying, kind), {"__module__": kind.__module__})

@@ -1,0 +1,191 @@
+"""Heads on transformers decoders: training, greedy decoding, sampling and beams."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from fastattn.generation import SelfTerminatingHead, detach
+
+EOS, PAD, VOCABULARY = 2, 0, 23
+SETTINGS = [(kind, clock) for kind in ("nmst", "st") for clock in ("generated", "all")]
+
+
+def decoder(scale: float = 3.0) -> Any:
+    """A GPT-2 with weights so large that its logits differ from step to step."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=400, n_embd=32, n_layer=2, n_head=2,
+        bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD, initializer_range=0.3,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)
+    return model
+
+
+def prompts() -> dict[str, Tensor]:
+    """Two of them, the first padded on the left."""
+    ids = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[0, :3], mask[0, :3] = PAD, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def log_probs_of(
+    head: SelfTerminatingHead, plain: Any, ids: Tensor, prompt: int, skip: int = 0
+) -> Tensor:
+    """Log-probabilities (tokens, V) of one sequence without padding, from the plain model."""
+    with torch.no_grad():
+        logits = plain(input_ids=ids[None, skip:]).logits
+    started = torch.ones(logits.shape[:2], dtype=torch.bool)
+    if head.clock == "generated":
+        started[:, : prompt - skip - 1] = False
+    return head.log_probs(logits, started)[0]
+
+
+@pytest.mark.parametrize(("kind", "clock"), SETTINGS)
+def test_greedy_steps_are_the_parallel_form(kind: str, clock: str) -> None:
+    head, plain = SelfTerminatingHead(EOS, 0.02, kind, clock), decoder()
+    model = head.attach(copy.deepcopy(plain))
+    out = model.generate(
+        **prompts(), do_sample=False, max_new_tokens=60,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    for row, skip in enumerate((3, 0)):
+        tokens = out.sequences[row]
+        ended = (tokens[7:] == EOS).nonzero()
+        assert len(ended), "it ends"
+        count = int(ended[0]) + 1
+        assert count <= head.longest + 1
+        want = log_probs_of(head, plain, tokens[: 7 + count], prompt=7, skip=skip)
+        got = torch.stack([step[row] for step in out.logits[:count]])
+        torch.testing.assert_close(got, want[6 - skip : -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "clock"), SETTINGS)
+@pytest.mark.parametrize("beams", [4])
+def test_beam_scores_are_those_of_the_sequences(kind: str, clock: str, beams: int) -> None:
+    """They are those of the parallel form only if the head's number follows its beam."""
+    head, plain = SelfTerminatingHead(EOS, 0.02, kind, clock), decoder(scale=1.0)
+    model = head.attach(copy.deepcopy(plain))
+    out = model.generate(
+        **prompts(), num_beams=beams, num_return_sequences=beams, do_sample=False,
+        max_new_tokens=60, length_penalty=0.0, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    moved = False
+    for row, (tokens, score) in enumerate(zip(out.sequences, out.sequences_scores, strict=True)):
+        skip = 3 if row < beams else 0
+        ended = (tokens[7:] == EOS).nonzero()
+        assert len(ended), "it ends"
+        count = int(ended[0]) + 1
+        want = log_probs_of(head, plain, tokens[: 7 + count], prompt=7, skip=skip)
+        chosen = want[6 - skip : -1].gather(1, tokens[7 : 7 + count, None])
+        assert float(score) == pytest.approx(float(chosen.sum()), abs=1e-3)
+        moved |= len(set(out.beam_indices[row, :count].tolist())) > 1
+    assert moved, "beams changed places, so there was something to follow"
+
+
+@pytest.mark.parametrize("kind", ["nmst", "st"])
+def test_sampling_ends_with_truncation_by_generate(kind: str) -> None:
+    model = SelfTerminatingHead(EOS, 0.02, kind).attach(decoder())
+    torch.manual_seed(0)
+    for options in ({"top_k": 2}, {"top_k": 0, "top_p": 0.2}, {"top_k": 0}):
+        tokens = model.generate(**prompts(), do_sample=True, max_new_tokens=390 - 7, **options)
+        assert (tokens[:, 7:] == EOS).any(1).all()
+
+
+@pytest.mark.parametrize(("kind", "clock"), SETTINGS)
+def test_training_loss(kind: str, clock: str) -> None:
+    """The loss is the head's, of the same probabilities that are decoded."""
+    head, plain = SelfTerminatingHead(EOS, 0.02, kind, clock), decoder()
+    model = head.attach(copy.deepcopy(plain)).train()
+    given = prompts()
+    given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    labels = given["input_ids"].clone()
+    labels[0, :4] = -100  # what only padding comes before is no target
+    labels[1, :4] = -100
+    total, count = 0.0, 0
+    for row, (skip, prompt) in enumerate(((3, 3), (0, 4))):
+        ids = given["input_ids"][row]
+        want = log_probs_of(head, plain, ids, prompt=max(prompt, skip + 1), skip=skip)
+        for position in range(max(prompt, skip + 1), 7):
+            total -= float(want[position - 1 - skip, ids[position]])
+            count += 1
+    assert count == 6
+    loss = model(**given, labels=labels).loss
+    assert loss.item() == pytest.approx(total / count, abs=1e-4)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    halved = model(**given, labels=labels, num_items_in_batch=torch.tensor(2 * count)).loss
+    assert halved.item() == pytest.approx(total / count / 2, abs=1e-4)
+
+
+def test_learns_where_to_end(seed: int) -> None:
+    """Texts of 5 tokens and an end: trained through the head, generation ends there."""
+    model = SelfTerminatingHead(EOS, 1e-4).attach(decoder(1.0)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        ids = torch.randint(3, VOCABULARY, (32, 1)) * torch.ones(1, 6, dtype=torch.long)
+        ids[:, 5] = EOS
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    tokens = model.eval().generate(torch.full((1, 1), 9), do_sample=False, max_new_tokens=30)
+    assert tokens[0].tolist() == [9, 9, 9, 9, 9, EOS]
+
+
+def test_scoring_without_a_cache_is_parallel() -> None:
+    head, plain = SelfTerminatingHead(EOS, 0.02), decoder()
+    model = head.attach(copy.deepcopy(plain))
+    ids = prompts()["input_ids"][1:]
+    with torch.no_grad():
+        got = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(got, head.log_probs(plain(input_ids=ids).logits))
+
+
+def test_detach_and_configuration(tmp_path: Path) -> None:
+    plain = decoder()
+    model = SelfTerminatingHead(EOS, 0.02).attach(copy.deepcopy(plain))
+    model.save_pretrained(tmp_path)
+    saved = transformers.AutoConfig.from_pretrained(tmp_path).fastattn_self_terminating
+    assert saved == {"eos_token_id": EOS, "epsilon": 0.02, "kind": "nmst", "clock": "generated"}
+    again = SelfTerminatingHead(**saved).attach(
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    )
+    given = {**prompts(), "do_sample": False, "max_new_tokens": 50}
+    assert torch.equal(model.generate(**given), again.generate(**given))
+    detach(model)
+    assert torch.equal(model.generate(**given), plain.generate(**given))
+    assert not hasattr(model.config, "fastattn_self_terminating")
+    ids = prompts()["input_ids"]
+    assert model(input_ids=ids, labels=ids).loss == plain(input_ids=ids, labels=ids).loss
+    with pytest.raises(ValueError, match="has no self-terminating head"):
+        detach(model)
+
+
+def test_what_is_refused() -> None:
+    head = SelfTerminatingHead(EOS)
+    model = head.attach(decoder())
+    with pytest.raises(ValueError, match="already"):
+        head.attach(model)
+    with pytest.raises(ValueError, match="ends at token 5, but .* eos_token_id=2"):
+        SelfTerminatingHead(5).attach(decoder())
+    with pytest.raises(NotImplementedError, match="needs a causal language model; got BertModel"):
+        head.attach(transformers.BertModel(transformers.BertConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+        )))  # fmt: skip
+    with pytest.raises(ValueError, match="use_cache=True"):
+        model.generate(**prompts(), use_cache=False, do_sample=False, max_new_tokens=3)
+    one = {name: value[1:] for name, value in prompts().items()}
+    with pytest.raises(ValueError, match="generated one by one"):
+        model.generate(**one, prefill_chunk_size=3, do_sample=False, max_new_tokens=3)
+    with pytest.raises((ValueError, NotImplementedError), match="one by one|take tokens back"):
+        model.generate(**one, prompt_lookup_num_tokens=3, max_new_tokens=20, do_sample=False)
