@@ -33,11 +33,11 @@ struct Problem {
   double scale = 1.0;
   double eps = 1e-6;
 
-  int64_t feature_dim() const { return feature_map == FeatureMap::cosine ? head_dim + 1 : head_dim; }
-  int64_t group() const { return num_heads / num_kv_heads; }
-  int64_t state_batch() const { return num_sequences ? num_sequences : batch; }
+  constexpr int64_t feature_dim() const { return feature_map == FeatureMap::cosine ? head_dim + 1 : head_dim; }
+  constexpr int64_t group() const { return num_heads / num_kv_heads; }
+  constexpr int64_t state_batch() const { return num_sequences ? num_sequences : batch; }
   // Elements of one head's state: S (F, Dv) followed by z (F).
-  int64_t state_size() const { return feature_dim() * (value_dim + 1); }
+  constexpr int64_t state_size() const { return feature_dim() * (value_dim + 1); }
 };
 
 // A (batch, head, token, feature) tensor: address and strides in elements.
@@ -45,8 +45,8 @@ struct Strided {
   void* data = nullptr;
   int64_t batch = 0, head = 0, token = 0, feature = 0;
 
-  explicit operator bool() const { return data != nullptr; }
-  int64_t offset(int64_t b, int64_t h, int64_t t) const { return b * batch + h * head + t * token; }
+  constexpr explicit operator bool() const { return data != nullptr; }
+  constexpr int64_t offset(int64_t b, int64_t h, int64_t t) const { return b * batch + h * head + t * token; }
 };
 
 // S (state_batch, kv head, F, Dv) and z (state_batch, kv head, F), contiguous, accumulator type.
@@ -54,7 +54,7 @@ struct State {
   void* S = nullptr;
   void* z = nullptr;
 
-  explicit operator bool() const { return S != nullptr; }
+  constexpr explicit operator bool() const { return S != nullptr; }
 };
 
 // Every address of a call. Null means absent.

@@ -1,0 +1,177 @@
+// Python's view of the CUDA kernels: as csrc/bindings.cpp, with a device, a stream and workspace.
+// Kernels are enqueued and nothing waits for them. Links the CUDA runtime statically, so the module
+// imports where there is no driver.
+#include "../python.h"
+#include "kernels.h"
+#include "plan.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace fastattn::cuda {
+
+std::string describe(const Problem& p) {
+  static const char* const maps[] = {"elu", "relu", "identity", "exp", "softmax", "cosine", "efficient"};
+  static const char* const dtypes[] = {"float32", "bfloat16", "float16", "float64"};
+  std::string text = p.is_causal ? "causal " : "non-causal ";
+  text += std::string(maps[static_cast<int>(p.feature_map)]) + " " +
+          dtypes[static_cast<int>(p.dtype)] + " problem: batch " + std::to_string(p.batch) +
+          ", heads " + std::to_string(p.num_heads) + "/" + std::to_string(p.num_kv_heads) +
+          ", tokens " + std::to_string(p.query_length) + " x " + std::to_string(p.key_length) +
+          ", sizes " + std::to_string(p.head_dim) + " and " + std::to_string(p.value_dim);
+  if (p.num_sequences) text += ", packed sequences " + std::to_string(p.num_sequences);
+  return text;
+}
+
+namespace {
+
+// Makes a device current, and the caller's again afterwards.
+class OnDevice {
+ public:
+  OnDevice(int device, const Problem& problem) {
+    check(cudaGetDevice(&before_), "set-up", problem);
+    if (before_ == device) return;
+    check(cudaSetDevice(device), "set-up", problem);
+    changed_ = true;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+template <class T>
+void forward_as(const Problem& problem, const Arguments& args, Launcher& launch) {
+  if (!problem.is_causal)
+    noncausal_forward<T>(problem, args, launch);
+  else if (problem.form == Form::recurrent)
+    recurrent_forward<T>(problem, args, launch);
+  else
+    causal_forward<T>(problem, args, launch);
+}
+
+template <class T>
+void backward_as(const Problem& problem, const Arguments& args, Launcher& launch) {
+  if (problem.is_causal)
+    causal_backward<T>(problem, args, launch);
+  else
+    noncausal_backward<T>(problem, args, launch);
+}
+
+template <class Body>
+void for_dtype(DType dtype, const Body& body) {
+  if (dtype == DType::f32) return body(float{});
+  if (dtype == DType::bf16) return body(__nv_bfloat16{});
+  if (dtype == DType::f16) return body(__half{});
+  throw py::value_error("the CUDA kernels know float32, bfloat16 and float16");
+}
+
+void run_forward(const Problem& problem, const Arguments& args, Launcher& launch) {
+  for_dtype(problem.dtype, [&](auto x) { forward_as<decltype(x)>(problem, args, launch); });
+}
+
+void run_backward(const Problem& problem, const Arguments& args, Launcher& launch) {
+  for_dtype(problem.dtype, [&](auto x) { backward_as<decltype(x)>(problem, args, launch); });
+}
+
+// device, stream, workspace, bytes of shared memory that a block may have | the call
+struct Target {
+  explicit Target(Reader& reader)
+      : device(static_cast<int>(reader.integer())),
+        stream(reader.address<CUstream_st>()),
+        workspace(reader.address<float>()),
+        shared_limit(static_cast<int>(reader.integer())) {}
+  int device;
+  cudaStream_t stream;
+  float* workspace;
+  int shared_limit;
+};
+
+template <class Run>
+void enqueue(const Problem& problem, const Target& target, const Arguments& args, const Run& run) {
+  const py::gil_scoped_release release;
+  const OnDevice guard(target.device, problem);
+  Launcher launch(problem, target.stream, target.workspace, target.shared_limit);
+  run(problem, args, launch);
+}
+
+void forward(const Problem& problem, const py::tuple& numbers) {
+  Reader reader(numbers);
+  const Target target(reader);
+  Arguments args;
+  read_inputs(reader, args);
+  args.out = reader.strided();
+  args.final = reader.state();
+  args.saved = reader.address<void>();
+  reader.finish();
+  enqueue(problem, target, args, run_forward);
+}
+
+void backward(const Problem& problem, const py::tuple& numbers) {
+  Reader reader(numbers);
+  const Target target(reader);
+  Arguments args;
+  read_inputs(reader, args);
+  args.saved = reader.address<void>();
+  args.grad_out = reader.strided();
+  args.grad_final = reader.state();
+  args.grad_query = reader.strided();
+  args.grad_key = reader.strided();
+  args.grad_value = reader.strided();
+  args.grad_initial = reader.state();
+  reader.finish();
+  enqueue(problem, target, args, run_backward);
+}
+
+void run_step(const Problem& problem, const py::tuple& numbers) {
+  Reader reader(numbers);
+  const Target target(reader);
+  Arguments args;
+  read_inputs(reader, args);
+  args.out = reader.strided();
+  reader.finish();
+  enqueue(problem, target, args, [](const Problem& p, const Arguments& a, Launcher& launch) {
+    for_dtype(p.dtype, [&](auto x) { step<decltype(x)>(p, a, launch); });
+  });
+}
+
+// Floats of scratch that a call needs, given the shared memory that a block may have.
+int64_t workspace_size(const Problem& problem, bool is_backward, int shared_limit) {
+  Launcher launch = Launcher::planning(problem, shared_limit);
+  (is_backward ? run_backward : run_forward)(problem, Arguments{}, launch);
+  return launch.workspace_floats();
+}
+
+int shared_limit(int device) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "set-up",
+        Problem{});
+  return bytes;
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  m.doc() = "CUDA kernels of fastattn: raw addresses, a stream and workspace in, nothing else.";
+  bind_problem(m);
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("step", &run_step);
+  m.def("workspace_size", &workspace_size, py::arg("problem"), py::arg("is_backward"),
+        py::arg("shared_limit"));
+  m.def("shared_limit", &shared_limit, py::arg("device"));
+  m.attr("SEGMENT_TOKENS") = kSegmentTokens;
+  m.attr("MAX_DIM") = kMaxDim;
+}
+
+}  // namespace fastattn::cuda
+
+#if defined(FASTATTN_EMULATION)
+PYBIND11_MODULE(_cuda_emulated, m) { fastattn::cuda::bind(m); }
+#else
+PYBIND11_MODULE(_cuda, m) { fastattn::cuda::bind(m); }
+#endif

@@ -1,0 +1,87 @@
+// Launching: errors become exceptions that name the kernel and the problem, and workspace is asked
+// for by running the same plan without launching anything.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "../problem.h"
+
+namespace fastattn::cuda {
+
+std::string describe(const Problem& problem);
+
+inline void check(cudaError_t error, const char* what, const Problem& problem) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("CUDA kernel ") + what + " failed on " + describe(problem) +
+                           ": " + cudaGetErrorString(error));
+}
+
+class Launcher {
+ public:
+  Launcher(const Problem& problem, cudaStream_t stream, float* workspace, int shared_limit)
+      : problem_(problem), stream_(stream), workspace_(workspace), shared_limit_(shared_limit) {}
+
+  // Nothing is launched: for asking workspace_floats.
+  static Launcher planning(const Problem& problem, int shared_limit) {
+    Launcher launcher(problem, nullptr, nullptr, shared_limit);
+    launcher.plans_ = true;
+    return launcher;
+  }
+
+  int64_t workspace_floats() const { return used_; }
+
+  // Scratch of the caller's, for as long as the call's kernels run.
+  float* take(int64_t floats) {
+    float* piece = workspace_ + used_;
+    used_ += (floats + 31) / 32 * 32;
+    return piece;
+  }
+
+  // Where each block of a kernel keeps its state: nullptr, in shared memory, if that has room for
+  // the tiles and it; else in the workspace. `shared_bytes(in_shared)` says what the tiles take.
+  template <class SharedBytes>
+  float* place_states(int64_t blocks, int64_t floats, const SharedBytes& shared_bytes) {
+    return fits(shared_bytes(true)) ? nullptr : take(blocks * floats);
+  }
+
+  bool fits(size_t shared_bytes) const {
+    return shared_bytes <= static_cast<size_t>(shared_limit_);
+  }
+
+  template <class... Parameters, class... Given>
+  void operator()(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
+                  size_t shared_bytes, Given&&... given) {
+    run(name, kernel, blocks, 1, threads, shared_bytes, std::forward<Given>(given)...);
+  }
+
+  template <class... Parameters, class... Given>
+  void run(const char* name, void (*kernel)(Parameters...), int64_t blocks, int64_t rows,
+           int threads, size_t shared_bytes, Given&&... given) {
+    if (plans_ || blocks == 0) return;
+    if (blocks > 0x7fffffff) throw std::runtime_error("too many blocks for " + describe(problem_));
+    if (shared_bytes > (48 << 10))
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes)),
+            name, problem_);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3{static_cast<unsigned>(blocks), static_cast<unsigned>(rows), 1};
+    config.blockDim = dim3{static_cast<unsigned>(threads), 1, 1};
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    check(cudaLaunchKernelEx(&config, kernel, std::forward<Given>(given)...), name, problem_);
+  }
+
+ private:
+  const Problem& problem_;
+  cudaStream_t stream_;
+  float* workspace_;
+  int shared_limit_;
+  int64_t used_ = 0;
+  bool plans_ = false;
+};
+
+}  // namespace fastattn::cuda

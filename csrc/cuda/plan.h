@@ -1,0 +1,62 @@
+// How a call is cut for the GPU: sizes of tiles, segments of the sequence, and who holds what. A
+// function of the lengths and head sizes alone, so the same input gives the same bits whatever the
+// batch or the number of multiprocessors.
+#pragma once
+
+#include "../problem.h"
+
+namespace fastattn::cuda {
+
+// Sums over tokens are formed per segment from zero and folded in order; segments of a sequence are
+// computed in parallel. fastattn/backends/cuda.py knows this number too.
+constexpr int64_t kSegmentTokens = 512;
+constexpr int64_t kMaxDim = 128;       // of the head sizes; cosine has one feature more
+constexpr int kColumns = 5;            // numbers of a row that each lane of a warp holds, at most
+
+struct Plan {
+  int head_dim, features, values;      // D, F, Dv
+  int feature_width, value_width;      // F and Dv, padded to whole matrix instructions
+  int rows;                            // tokens of a tile
+  int threads;
+  int group;                           // query heads of a kv head
+  int64_t query_slots, key_slots;      // upper bounds on segments, over all sequences
+
+  int state_stride() const { return value_width + 4; }  // of a row of S; shifts the banks
+  int state_elements() const { return feature_width * state_stride(); }
+};
+
+constexpr int64_t divide_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+
+// Upper bound on the segments of all sequences. Packed sequences: sequence i, which starts at token
+// cu[i], owns the slots from cu[i] / L + i on, so nobody needs to know the lengths on the host.
+constexpr int64_t segment_slots(const Problem& p, int64_t tokens) {
+  if (p.num_sequences) return tokens / kSegmentTokens + p.num_sequences;
+  const int64_t each = divide_up(tokens, kSegmentTokens);
+  return p.batch * (each > 1 ? each : 1);
+}
+
+// Causal: states at the start of every segment of a sequence but its first.
+constexpr int64_t anchor_slots(const Problem& p) {
+  if (p.num_sequences) return p.key_length / kSegmentTokens;
+  const int64_t each = divide_up(p.key_length, kSegmentTokens);
+  return p.batch * (each > 1 ? each - 1 : 0);
+}
+
+inline Plan make_plan(const Problem& p, int element_bytes) {
+  const auto padded = [](int64_t n) { return static_cast<int>(divide_up(n, 16) * 16); };
+  Plan plan{};
+  plan.head_dim = static_cast<int>(p.head_dim);
+  plan.features = static_cast<int>(p.feature_dim());
+  plan.values = static_cast<int>(p.value_dim);
+  plan.feature_width = padded(plan.features);
+  plan.value_width = padded(plan.values);
+  plan.group = static_cast<int>(p.group());
+  const int width = plan.feature_width > plan.value_width ? plan.feature_width : plan.value_width;
+  plan.rows = width * element_bytes <= 128 ? 64 : width * element_bytes <= 256 ? 32 : 16;
+  plan.threads = width <= 64 ? 128 : 256;
+  plan.query_slots = segment_slots(p, p.query_length);
+  plan.key_slots = segment_slots(p, p.key_length);
+  return plan;
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,237 @@
+"""The CUDA C++ backend: hands raw addresses and torch's stream to ``fastattn._cuda``.
+
+Kernels are enqueued on the current stream; outputs and workspace come from torch's allocator and
+nothing is waited for, so calls can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.backends import Gradients, Inputs, Outputs
+from fastattn.ops.problem import Problem
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_MAX_DIM = 128  # kMaxDim
+_SEGMENT_TOKENS = 512  # kSegmentTokens
+_RECURRENT_TOKENS = 4  # as many tokens take one launch and no tile is worth filling
+_MIN_CAPABILITY = (8, 0)
+
+
+def _form(problem: Problem) -> str:
+    if problem.form != "auto":
+        return problem.form
+    few_tokens = problem.query_length <= _RECURRENT_TOKENS
+    return "recurrent" if problem.is_causal and few_tokens else "chunked"
+
+
+def _strided(tensor: Tensor) -> tuple[int, ...]:
+    return (tensor.data_ptr(), *tensor.stride())
+
+
+def _state(S: Tensor | None, z: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if S is None or z is None else (S.data_ptr(), z.data_ptr())
+
+
+def _inputs(inputs: Inputs) -> tuple[int, ...]:
+    mask, cu, cu_k = inputs.key_mask, inputs.cu_seqlens, inputs.cu_seqlens_k
+    return (
+        *_strided(inputs.query),
+        *_strided(inputs.key),
+        *_strided(inputs.value),
+        *((0, 0, 0) if mask is None else _strided(mask)),
+        *((0, 0) if cu is None or cu_k is None else (cu.data_ptr(), cu_k.data_ptr())),
+        *_state(inputs.initial_S, inputs.initial_z),
+    )
+
+
+def _dense(inputs: Inputs) -> Inputs:
+    """States and offsets are small and read by address alone: contiguous, copied if need be."""
+    small = (inputs.cu_seqlens, inputs.cu_seqlens_k, inputs.initial_S, inputs.initial_z)
+    if all(tensor is None or tensor.is_contiguous() for tensor in small):
+        return inputs
+    cu, cu_k, S, z = (None if tensor is None else tensor.contiguous() for tensor in small)
+    return inputs._replace(cu_seqlens=cu, cu_seqlens_k=cu_k, initial_S=S, initial_z=z)
+
+
+class CUDABackend:
+    """Every problem on CUDA tensors of 32 or 16 bits with head sizes up to 128."""
+
+    name = "cuda"
+    device_type = "cuda"
+
+    def __init__(self) -> None:
+        self._library = self._load()
+        self._native_problem = lru_cache(maxsize=1024)(self._make_problem)
+        self._workspace_size = lru_cache(maxsize=4096)(self._library.workspace_size)
+        self._shared_limit = lru_cache(maxsize=None)(self._library.shared_limit)
+
+    # What differs where the same kernels run without a GPU; see tests/emulation.
+
+    def _load(self) -> Any:
+        from fastattn import _cuda
+
+        return _cuda
+
+    def _missing(self) -> str | None:
+        if torch.version.hip is not None:
+            return "its kernels are for NVIDIA GPUs, and this is PyTorch for AMD GPUs"
+        if not torch.cuda.is_available():
+            return "PyTorch finds no CUDA device"
+        capability = torch.cuda.get_device_capability()
+        if capability < _MIN_CAPABILITY:
+            return f"its kernels need compute capability 8.0; this GPU has {capability}"
+        return None
+
+    def _target(self, device: torch.device) -> tuple[int, int]:
+        """Device index and stream."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return index, torch.cuda.current_stream(index).cuda_stream
+
+    def _empty(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, role: str
+    ) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def _empty_like(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor)
+
+    # The protocol of fastattn.backends.Backend.
+
+    def why_not(self, problem: Problem) -> str | None:
+        if problem.device_type != self.device_type:
+            return f"its kernels run on {self.device_type}; the tensors are on {problem.device_type!r}"
+        if problem.dtype not in _DTYPES:
+            return f"it has no kernels for {problem.dtype}"
+        if max(problem.head_dim, problem.value_dim) > _MAX_DIM:
+            return f"head sizes go up to {_MAX_DIM}; got {problem.head_dim}, {problem.value_dim}"
+        return self._missing()
+
+    def kernel(self, problem: Problem) -> str:
+        if not problem.is_causal:
+            longest = max(problem.query_length, problem.key_length)
+            one = problem.num_sequences is None and longest <= _SEGMENT_TOKENS
+            return "non-causal one-launch" if one else "non-causal two-pass"
+        return f"causal {_form(problem)}"
+
+    def saved_size(self, problem: Problem) -> int:
+        """In arithmetic that torch.compile follows through symbols: as in csrc/cuda/plan.h, causal
+        the state at the start of every segment but a sequence's first; non-causal the final state
+        of every head, and for "efficient" what its softmax over tokens needs."""
+        if not problem.needs_grad:
+            return 0
+        F, M = problem.feature_dim, problem.key_length
+        state_size = F * (problem.value_dim + 1)
+        if not problem.is_causal:
+            statistics = F if problem.feature_map == "efficient" else 0
+            return problem.state_batch * problem.num_kv_heads * (state_size + statistics)
+        if problem.num_sequences is not None:
+            anchors = M // _SEGMENT_TOKENS
+        else:
+            anchors = problem.batch * torch.sym_max((M - 1) // _SEGMENT_TOKENS, 0)
+        # Two elements too many: a size that may be 0 or 1 is one that torch.export specialises on.
+        return anchors * problem.num_kv_heads * state_size + 2
+
+    def forward(self, problem: Problem, inputs: Inputs) -> Outputs:
+        inputs = _dense(inputs)
+        native, device = self._native_problem(problem), inputs.query.device
+        out = self._empty(
+            (problem.batch, problem.query_length, problem.num_heads, problem.value_dim),
+            *(problem.dtype, device, "out"),
+        ).transpose(1, 2)
+        S = z = None
+        if problem.return_state:
+            heads = (problem.state_batch, problem.num_kv_heads, problem.feature_dim)
+            S = self._empty((*heads, problem.value_dim), torch.float32, device, "S")
+            z = self._empty(heads, torch.float32, device, "z")
+        saved = self._empty((self.saved_size(problem),), torch.float32, device, "saved")
+        target, _workspace = self._prepare(native, device, is_backward=False)
+        self._library.forward(
+            native,
+            (*target, *_inputs(inputs), *_strided(out), *_state(S, z), saved.data_ptr()),
+        )
+        return Outputs(out, S, z, saved)
+
+    def backward(
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        saved: Tensor,
+        grad_out: Tensor,
+        grad_S: Tensor | None,
+        grad_z: Tensor | None,
+    ) -> Gradients:
+        inputs = _dense(inputs)
+        native, device = self._native_problem(problem), inputs.query.device
+        if grad_S is not None and grad_z is not None:
+            grad_S, grad_z = grad_S.contiguous(), grad_z.contiguous()
+        query, key, value = (self._empty_like(tensor) for tensor in inputs[:3])
+        S = None if inputs.initial_S is None else self._empty_like(inputs.initial_S)
+        z = None if inputs.initial_z is None else self._empty_like(inputs.initial_z)
+        target, _workspace = self._prepare(native, device, is_backward=True)
+        self._library.backward(
+            native,
+            (
+                *target,
+                *_inputs(inputs),
+                saved.data_ptr(),
+                *_strided(grad_out),
+                *_state(grad_S, grad_z),
+                *_strided(query),
+                *_strided(key),
+                *_strided(value),
+                *_state(S, z),
+            ),
+        )
+        return Gradients(query, key, value, S, z)
+
+    def step(self, problem: Problem, inputs: Inputs) -> Tensor:
+        device = inputs.query.device
+        out = self._empty(
+            (problem.batch, 1, problem.num_heads, problem.value_dim),
+            *(problem.dtype, device, "out"),
+        ).transpose(1, 2)
+        index, stream = self._target(device)
+        target = (index, stream, 0, self._shared_limit(index))
+        self._library.step(
+            self._native_problem(problem), (*target, *_inputs(inputs), *_strided(out))
+        )
+        return out
+
+    def _prepare(
+        self, native: Any, device: torch.device, is_backward: bool
+    ) -> tuple[tuple[int, int, int, int], Tensor | None]:
+        """What a call is given besides its tensors: device, stream, workspace, shared memory. The
+        workspace is returned to stay alive until the kernels that use it are enqueued."""
+        index, stream = self._target(device)
+        limit = self._shared_limit(index)
+        floats = self._workspace_size(native, is_backward, limit)
+        if not floats:
+            return (index, stream, 0, limit), None
+        workspace = self._empty((floats,), torch.float32, device, "workspace")
+        return (index, stream, workspace.data_ptr(), limit), workspace
+
+    def _make_problem(self, problem: Problem) -> Any:
+        return self._library.Problem(
+            batch=problem.batch,
+            num_heads=problem.num_heads,
+            num_kv_heads=problem.num_kv_heads,
+            query_length=problem.query_length,
+            key_length=problem.key_length,
+            head_dim=problem.head_dim,
+            value_dim=problem.value_dim,
+            num_sequences=problem.num_sequences or 0,
+            dtype=_DTYPES[problem.dtype],
+            feature_map=problem.feature_map,
+            form=_form(problem),
+            is_causal=problem.is_causal,
+            normalize=problem.normalize,
+            return_state=problem.return_state,
+            needs_grad=problem.needs_grad,
+            scale=problem.scale,
+            eps=problem.eps,
+        )

@@ -1,0 +1,131 @@
+"""Compiles csrc/cuda with g++ and the headers beside this file, and loads the result.
+
+The same sources, nothing generated from them. Objects are kept in build/emulation under a name made
+of everything that went in, so an unchanged tree compiles nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sysconfig
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pybind11
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+BUILD = ROOT / "build" / "emulation"
+DTYPES = {"float": "float", "bf16": "__nv_bfloat16", "half": "__half"}
+FORMS = ("step", "noncausal", "causal")
+
+_COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DFASTATTN_EMULATION", "-w"]
+# -fsanitize=thread puts a call before every load and store; emulator.cpp has the functions called.
+_DEVICE = [
+    *("-x", "c++", "-O2", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
+    *("-fno-strict-aliasing", "-ffp-contract=off", "-fno-tree-vectorize"),
+]
+
+
+@cache
+def library(edits: tuple[tuple[str, str, str], ...] = (), forms: tuple[str, ...] = FORMS) -> Any:
+    """The emulated module. ``edits`` are (file in csrc/cuda, text, replacement): planted faults."""
+    path = build(edits)
+    name = "_cuda_emulated"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def memory(module: Any) -> ctypes.CDLL:
+    """The emulator's own functions: which memory a call may touch."""
+    functions = ctypes.CDLL(module.__file__)
+    functions.emulation_add_memory.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_bool)
+    return functions
+
+
+def build(edits: tuple[tuple[str, str, str], ...] = ()) -> Path:
+    sources = {
+        path.relative_to(ROOT): path.read_text()
+        for folder in ("csrc", "csrc/cuda", "tests/emulation", "tests/emulation/include")
+        for path in sorted((ROOT / folder).iterdir())
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py") and path.name != "bindings.cpp"
+    }
+    sources[Path("csrc/cuda/bindings.cpp")] = (ROOT / "csrc/cuda/bindings.cpp").read_text()
+    for file, text, replacement in edits:
+        key = Path("csrc/cuda") / file
+        assert sources[key].count(text) == 1, f"{text!r} must occur once in {file}"
+        sources[key] = sources[key].replace(text, replacement)
+    digest = hashlib.sha256()
+    for path, text in sources.items():
+        if path.name.startswith("test_") or path.name in ("backend.py", "conftest.py"):
+            continue
+        digest.update(f"{path}\0{text}\0".encode())
+    digest.update(sysconfig.get_config_var("SOABI").encode())
+    folder = BUILD / digest.hexdigest()[:16]
+    result = folder / "_cuda_emulated.so"
+    with _lock():
+        if not result.exists():
+            _compile(folder, sources, result)
+    return result
+
+
+def _compile(folder: Path, sources: Mapping[Path, str], result: Path) -> None:
+    for path, text in sources.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+    compiler = os.environ.get("CXX", "g++")
+    includes = [
+        *("-I", str(folder / "tests/emulation/include")),
+        *("-I", sysconfig.get_path("include"), "-I", pybind11.get_include()),
+    ]
+    device = folder / "csrc/cuda"
+    commands = {
+        "bindings.o": ["-O1", str(device / "bindings.cpp")],
+        "emulator.o": ["-O2", str(folder / "tests/emulation/emulator.cpp")],
+    }
+    for form in FORMS:
+        for name, dtype in DTYPES.items():
+            commands[f"{form}_{name}.o"] = [
+                *_DEVICE,
+                f"-DFASTATTN_DTYPE={dtype}",
+                str(device / f"{form}.cu"),
+            ]
+
+    def run(item: tuple[str, list[str]]) -> None:
+        output, arguments = item
+        _run([compiler, *_COMMON, *includes, *arguments, "-c", "-o", str(folder / output)])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, commands.items()))
+    partial = result.with_suffix(".partial")
+    _run([compiler, "-shared", "-o", str(partial), *(str(folder / name) for name in commands)])
+    partial.rename(result)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:8000]}")
+
+
+@contextlib.contextmanager
+def _lock() -> Iterator[None]:
+    """One process compiles, the others wait and find it done."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
