@@ -227,6 +227,26 @@ __device__ __forceinline__ void values_to_tile(const Call& c, const Segment& s, 
   }
 }
 
+// Writes dk and dv of a tile from d/dphi(k) and dv; a masked key has gradients of zero.
+template <class T>
+__device__ __forceinline__ void write_key_gradients(const Call& c, const Features<T>& phi,
+                                                    const Segment& s, int64_t head, int64_t token,
+                                                    int valid, Tile<Element<T>> tile,
+                                                    const float* inverse_norm,
+                                                    const float* column_sums, Tile<float> dphi,
+                                                    Tile<float> dvalue) {
+  for (int r = warp_index(); r < valid; r += warp_count()) {
+    const bool kept = c.keeps(s.batch, token + r);
+    Row row;
+    phi.chain_key(tile.row(r), dphi.row(r), inverse_norm + r, column_sums, row);
+    row.each(c.n.head_dim, [&](int, float& x) { x = kept ? x : 0.0f; });
+    store_row<T>(c.a.grad_key, s.batch, head, token + r, c.n.head_dim, row);
+    row.load(dvalue.row(r), c.n.values);
+    row.each(c.n.values, [&](int, float& x) { x = kept ? x : 0.0f; });
+    store_row<T>(c.a.grad_value, s.batch, head, token + r, c.n.values, row);
+  }
+}
+
 // Sum of phi_i z_i, by a warp.
 template <class E>
 __device__ __forceinline__ float dot_row(const E* phi, const float* z, int n) {

@@ -78,7 +78,7 @@ struct Features {
   }
 
   // The chain rule: dphi holds d/dphi, row receives d/dq.
-  __device__ __forceinline__ void chain_query(const E* phi, const float* dphi, float inverse_norm,
+  __device__ __forceinline__ void chain_query(const E* phi, const float* dphi, const float* inverse_norm,
                                               Row& row) const {
     if (map == FeatureMap::exp && normalize)  // the maximum cancels in num / den
       row.each(head_dim, [&](int i, float& d) { d = to_float(phi[i]) * dphi[i]; });
@@ -92,7 +92,7 @@ struct Features {
   }
 
   // column_sum[i] = sum_j phi(k_j)_i dphi(k_j)_i, for `efficient` only.
-  __device__ __forceinline__ void chain_key(const E* phi, const float* dphi, float inverse_norm,
+  __device__ __forceinline__ void chain_key(const E* phi, const float* dphi, const float* inverse_norm,
                                             const float* column_sum, Row& row) const {
     if (map == FeatureMap::exp)
       chain_clamped_exp(phi, dphi, row);
@@ -127,7 +127,7 @@ struct Features {
     }
   }
 
-  __device__ __forceinline__ void chain(const E* phi, const float* dphi, float inverse_norm,
+  __device__ __forceinline__ void chain(const E* phi, const float* dphi, const float* inverse_norm,
                                         Row& row) const {
     switch (map) {
       case FeatureMap::elu:
@@ -148,7 +148,7 @@ struct Features {
         row.each(head_dim, [&](int i, float&) { along += to_float(phi[i + 1]) * dphi[i + 1]; });
         along = warp_sum(along);
         row.each(head_dim, [&](int i, float& d) {
-          d = (dphi[i + 1] - to_float(phi[i + 1]) * along) * inverse_norm;
+          d = (dphi[i + 1] - to_float(phi[i + 1]) * along) * *inverse_norm;
         });
         break;
       }

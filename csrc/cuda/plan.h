@@ -21,8 +21,9 @@ struct Plan {
   int group;                           // query heads of a kv head
   int64_t query_slots, key_slots;      // upper bounds on segments, over all sequences
 
-  int state_stride() const { return value_width + 4; }  // of a row of S; shifts the banks
-  int state_elements() const { return feature_width * state_stride(); }
+  constexpr int stage_width() const { return (head_dim + 15) / 16 * 16; }
+  constexpr int state_stride() const { return value_width + 4; }  // of a row of S; shifts the banks
+  constexpr int state_elements() const { return feature_width * state_stride(); }
 };
 
 constexpr int64_t divide_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
