@@ -32,6 +32,16 @@ __device__ __forceinline__ void multiply_lower(int active, Tile<Element<T>> a, T
   });
 }
 
+// den_i = phi(q_i) . z + sum_{j<=i} A_ij, by a warp.
+template <class T>
+__device__ __forceinline__ float denominator(const Call& c, const Element<T>* phi, const float* z,
+                                             const Element<T>* scores, int row) {
+  float sum = 0;
+  for (int i = lane_index(); i < c.n.features; i += 32) sum += to_float(phi[i]) * z[i];
+  for (int j = lane_index(); j <= row; j += 32) sum += to_float(scores[j]);
+  return warp_sum(sum);
+}
+
 // Each number of a state becomes itself plus all before it (or after, backwards), in place.
 template <bool Backwards>
 __global__ void fold_segments_kernel(const __grid_constant__ Call c, const float*, int64_t stride,
@@ -113,8 +123,7 @@ __global__ void causal_kernel(const __grid_constant__ Call c, float* anchors, fl
     for (int r = warp_index(); r < valid; r += warp_count()) {
       float inverse = 1;
       if (c.divides()) {
-        float den = dot_row(t.phi_q.row(r), t.state.z, n.features);
-        den += sum_row(t.scores.row(r), r + 1);
+        const float den = denominator<T>(c, t.phi_q.row(r), t.state.z, t.scores.row(r), r);
         inverse = inverse_denominator(den, c.eps());
       }
       Row row;
@@ -188,7 +197,7 @@ __device__ __forceinline__ void load_keys(const Call& c, const Features<T>& phi,
   __syncthreads();
 }
 
-// phi(q), and do still undivided in the stage.
+// phi(q), and do in g's place, still undivided (nothing is rounded yet).
 template <class T>
 __device__ __forceinline__ void load_queries(const Call& c, const Features<T>& phi,
                                              const Segment& s, int64_t head, int64_t token,
@@ -199,18 +208,19 @@ __device__ __forceinline__ void load_queries(const Call& c, const Features<T>& p
   wait_for_copies();
   __syncthreads();
   queries_to_features<T>(c, phi, valid, active, t.stage_a, t.phi_q, t.inverse_norm_q);
-}
-
-// g = do times t.inverse of its row.
-template <class T>
-__device__ __forceinline__ void divide_gradient(const Call& c, int valid, int active,
-                                                const BackwardTiles<T>& t) {
-  for (int r = warp_index(); r < active; r += warp_count()) {
-    const float inverse = r < valid ? t.inverse[r] : 0.0f;
+  for (int r = warp_index(); r < active; r += warp_count())
     for (int i = lane_index(); i < c.n.value_width; i += 32)
       t.g.row(r)[i] = from_float<Element<T>>(
-          r < valid && i < c.n.values ? to_float(t.stage_b.row(r)[i]) * inverse : 0.0f);
-  }
+          r < valid && i < c.n.values ? to_float(t.stage_b.row(r)[i]) : 0.0f);
+  __syncthreads();
+}
+
+// g = do times 1 / den, a row by a warp.
+template <class T>
+__device__ __forceinline__ void divide_row(const Call& c, const BackwardTiles<T>& t, int r,
+                                           float inverse) {
+  for (int i = lane_index(); i < c.n.values; i += 32)
+    t.g.row(r)[i] = from_float<Element<T>>(to_float(t.g.row(r)[i]) * inverse);
 }
 
 // One block per query head and segment: writes dq, and the row factors.
@@ -230,17 +240,19 @@ __global__ void query_gradient_kernel(const __grid_constant__ Call c, float* anc
     __syncthreads();
     load_keys<T>(c, phi, s, kv_head, token, valid, active, t);
     load_queries<T>(c, phi, s, head, token, valid, active, t);
-    // The denominator needs the sums of A's rows, and A takes the stage's place, so z of each row
-    // is formed from the keys themselves: den_i = phi(q_i) . (z + sum_{j<=i} phi(k_j)).
-    __syncthreads();
-    if (c.divides())
-      denominators<T>(c, valid, t);
-    else
-      for (int r = threadIdx.x; r < valid; r += blockDim.x) t.inverse[r] = 1;
-    __syncthreads();
-    divide_gradient<T>(c, valid, active, t);
-    __syncthreads();
     multiply_lower<T>(active, t.phi_q, t.phi_k, n.feature_width, t.scores);
+    __syncthreads();
+    for (int r = warp_index(); r < valid; r += warp_count()) {
+      float inverse = 1, slope = 0;
+      if (c.divides()) {
+        const float den = denominator<T>(c, t.phi_q.row(r), t.state.z, t.scores.row(r), r);
+        inverse = inverse_denominator_of_gradient(den, c.eps());
+        slope = denominator_slope(den, c.eps());
+        divide_row<T>(c, t, r, inverse);
+      }
+      if (lane_index() == 0) t.inverse[r] = inverse, t.slope[r] = slope;
+    }
+    __syncthreads();
     multiply_lower<T>(active, t.g, t.value, n.value_width, t.pairs);
     for_blocks(active, n.feature_width, [&](Sums& sums) {
       multiply<T>(sums, along_rows(t.g), along_rows(t.state.S), 0, n.value_width);
@@ -250,9 +262,11 @@ __global__ void query_gradient_kernel(const __grid_constant__ Call c, float* anc
     for (int r = warp_index(); r < active; r += warp_count()) {
       float delta = 0;
       if (c.divides() && r < valid) {
-        float along = dot_row(t.phi_q.row(r), t.dphi.row(r), n.features);
-        along += dot_rows(t.scores.row(r), t.pairs.row(r), r + 1);
-        delta = -along * t.slope[r];
+        const float along = dot_row(t.phi_q.row(r), t.dphi.row(r), n.features);
+        float within = 0;
+        for (int j = lane_index(); j <= r; j += 32)
+          within += to_float(t.scores.row(r)[j]) * to_float(t.pairs.row(r)[j]);
+        delta = -(along + warp_sum(within)) * t.slope[r];
         for (int j = lane_index(); j <= r; j += 32)
           t.pairs.row(r)[j] = from_float<Element<T>>(to_float(t.pairs.row(r)[j]) + delta);
       }
@@ -317,13 +331,11 @@ __global__ void key_gradient_kernel(const __grid_constant__ Call c, float* sums_
     for (int64_t head = kv_head * n.group; head < (kv_head + 1) * n.group; ++head) {
       __syncthreads();
       load_queries<T>(c, phi, s, head, token, valid, active, t);
-      for (int r = threadIdx.x; r < active; r += blockDim.x) {
+      for (int r = warp_index(); r < active; r += warp_count()) {
         const float2 own = r < valid ? *factors.at(c, s.batch, head, token + r) : float2{0, 0};
-        t.inverse[r] = own.x;
-        t.delta[r] = own.y;
+        if (c.divides()) divide_row<T>(c, t, r, own.x);
+        if (lane_index() == 0) t.delta[r] = own.y;
       }
-      __syncthreads();
-      divide_gradient<T>(c, valid, active, t);
       __syncthreads();
       if (Writes) {
         // From the queries i >= j of this chunk.
@@ -360,5 +372,73 @@ __global__ void key_gradient_kernel(const __grid_constant__ Call c, float* sums_
     store_state(n, t.state, state_at(c.a.grad_initial, n, row));
 }
 
+template <class T>
+size_t forward_bytes(const Plan& n, bool holds_state) {
+  Carve carve{nullptr};
+  float elsewhere;
+  ForwardTiles<T>(n, holds_state ? nullptr : &elsewhere, carve);
+  return carve.used;
+}
+
+template <class T>
+size_t backward_bytes(const Plan& n, bool keys, bool holds_state) {
+  Carve carve{nullptr};
+  float elsewhere;
+  BackwardTiles<T>(n, keys, holds_state ? nullptr : &elsewhere, carve);
+  return carve.used;
+}
+
 }  // namespace
+
+template <class T>
+void causal_forward(const Problem& problem, const Arguments& args, Launcher& launch) {
+  const Call call{problem, args, make_plan(problem, sizeof(Element<T>))};
+  const Plan& n = call.n;
+  float* anchors = nullptr;
+  if (const int64_t count = anchor_slots(problem)) {
+    const int64_t size = problem.state_size();
+    anchors = problem.needs_grad ? static_cast<float*>(args.saved)
+                                 : launch.take(count * problem.num_kv_heads * size);
+    launch_sums<T>(launch, call, anchors, size);
+    launch_fold(launch, "fold_segments", call, fold_segments_kernel<false>, anchors, size, anchors);
+  }
+  const auto bytes = [&](bool holds_state) { return forward_bytes<T>(n, holds_state); };
+  const int64_t blocks = n.key_slots * problem.num_heads;
+  float* spill = launch.place_states(blocks, n.state_elements(), bytes);
+  launch("causal_forward", causal_kernel<T>, blocks, n.threads, bytes(launch.fits(bytes(true))),
+         call, anchors, spill);
+}
+
+template <class T>
+void causal_backward(const Problem& problem, const Arguments& args, Launcher& launch) {
+  const Call call{problem, args, make_plan(problem, sizeof(Element<T>))};
+  const Plan& n = call.n;
+  float* anchors = static_cast<float*>(args.saved);
+  const RowFactors factors{reinterpret_cast<float2*>(
+      launch.take(2 * problem.batch * problem.num_heads * problem.query_length))};
+  const auto query_bytes = [&](bool holds) { return backward_bytes<T>(n, false, holds); };
+  const auto key_bytes = [&](bool holds) { return backward_bytes<T>(n, true, holds); };
+  const int64_t query_blocks = n.key_slots * problem.num_heads;
+  const int64_t key_blocks = n.key_slots * problem.num_kv_heads;
+  const size_t key_shared = key_bytes(launch.fits(key_bytes(true)));
+
+  float* spill = launch.place_states(query_blocks, n.state_elements(), query_bytes);
+  launch("causal_query_gradient", query_gradient_kernel<T>, query_blocks, n.threads,
+         query_bytes(launch.fits(query_bytes(true))), call, anchors, factors, spill);
+  spill = launch.place_states(key_blocks, n.state_elements(), key_bytes);
+  float* sums = nullptr;
+  if (const int64_t count = anchor_slots(problem)) {
+    const int64_t size = problem.state_size();
+    sums = launch.take(count * problem.num_kv_heads * size);
+    launch("causal_gradient_sums", key_gradient_kernel<T, false>, key_blocks, n.threads, key_shared,
+           call, sums, factors, spill);
+    launch_fold(launch, "fold_gradients", call, fold_segments_kernel<true>, sums, size, sums);
+  }
+  launch("causal_key_gradient", key_gradient_kernel<T, true>, key_blocks, n.threads, key_shared,
+         call, sums, factors, spill);
+}
+
+template void causal_forward<FASTATTN_DTYPE>(const Problem&, const Arguments&, Launcher&);
+template void causal_backward<FASTATTN_DTYPE>(const Problem&, const Arguments&, Launcher&);
+
 }  // namespace fastattn::cuda

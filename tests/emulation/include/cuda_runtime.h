@@ -22,6 +22,9 @@
 #define __syncwarp() emulation::warp_barrier(__FILE__, __LINE__)
 
 using dim3 = emulation::Index;
+struct alignas(8) float2 {
+  float x, y;
+};
 
 namespace emulation {
 
