@@ -1,6 +1,7 @@
-"""Builds the native library with CMake; everything else about the package is in pyproject.toml.
+"""Builds the native libraries with CMake; everything else about the package is in pyproject.toml.
 
-The library needs a C++17 compiler, CMake, ninja and pybind11, and never torch. What is missing is
+The CUDA kernels are built where nvcc is found, or where it is not on PATH but in CUDA_HOME;
+FASTATTN_CUDA=0 leaves them out, FASTATTN_CUDA=1 insists on them. The CPU library needs a C++17 compiler, CMake, ninja and pybind11, and never torch. What is missing is
 said in a sentence before CMake gets a chance to say it in fifty lines.
 """
 
@@ -52,8 +53,22 @@ def check_toolchain() -> None:
         )
 
 
+def find_nvcc() -> str | None:
+    """Path of the CUDA compiler if the CUDA kernels are to be built."""
+    wanted = os.environ.get("FASTATTN_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"fastattn: FASTATTN_CUDA must be 0, 1 or unset; got {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None and wanted == "1":
+        sys.exit("fastattn: FASTATTN_CUDA=1 needs nvcc on PATH or in CUDA_HOME/bin; there is none")
+    return nvcc
+
+
 class CMakeBuild(build_ext):
-    """Configures and builds CMake's target ``_native`` into the place where setuptools wants it."""
+    """Configures and builds CMake's targets into the place where setuptools wants them."""
 
     def build_extension(self, ext: Extension) -> None:
         """One call per extension; an editable install puts the library beside the sources."""
@@ -76,6 +91,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *([f"-DCMAKE_CUDA_COMPILER={NVCC}", "-DFASTATTN_CUDA=ON"] if NVCC else []),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         subprocess.run(configure, check=True)
@@ -84,4 +100,10 @@ class CMakeBuild(build_ext):
         subprocess.run([configure[0], "--build", str(build), *target, *parallel], check=True)
 
 
-setup(ext_modules=[Extension("fastattn._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+NVCC = find_nvcc()
+libraries = ["fastattn._native", *(["fastattn._cuda"] if NVCC else [])]
+
+setup(
+    ext_modules=[Extension(name, sources=[]) for name in libraries],
+    cmdclass={"build_ext": CMakeBuild},
+)

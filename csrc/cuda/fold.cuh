@@ -130,7 +130,7 @@ __device__ __forceinline__ float* number_of(const State& state, const Call& c, i
 
 // totals = initial + sum of the segments' sums; `efficient`: sums of exp, which are brought to the
 // maximum of all segments, and z becomes 1 / sum, by which S is divided.
-inline __global__ void fold_keys_kernel(const __grid_constant__ Call c, const float* sums,
+__global__ void fold_keys_kernel(const __grid_constant__ Call c, const float* sums,
                                         int64_t stride, float* totals) {
   for_own_number(c, [&](int64_t row, int64_t head, int i) {
     const Segment first = first_segment(c.p, c.a.cu_seqlens_k, c.p.key_length, row);
@@ -162,7 +162,7 @@ inline __global__ void fold_keys_kernel(const __grid_constant__ Call c, const fl
   });
 }
 
-inline void launch_fold(Launcher& launch, const char* name, const Call& c,
+void launch_fold(Launcher& launch, const char* name, const Call& c,
                         void (*kernel)(const Call, const float*, int64_t, float*),
                         const float* sums, int64_t stride, float* totals) {
   launch.run(name, kernel, c.p.state_batch() * c.p.num_kv_heads,

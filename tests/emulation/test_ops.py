@@ -1,0 +1,55 @@
+"""The tests of the ops, run against the CUDA sources emulated on the CPU.
+
+Every test of tests/ops that takes a backend, but for the ones named below. What the kernels do not
+offer (float64, head sizes past 128) is left out by conftest.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+
+from tests.ops import (
+    test_accuracy,
+    test_layouts,
+    test_masks,
+    test_random_problems,
+    test_states,
+    test_torch_integration,
+    test_values,
+)
+
+MODULES = (
+    test_accuracy,
+    test_layouts,
+    test_masks,
+    test_random_problems,
+    test_states,
+    test_torch_integration,
+    test_values,
+)
+LEFT_OUT = {
+    "test_64k_tokens_do_not_drift": "an hour of emulation; test_kernels.py has several segments",
+    "test_float64_forms": "no float64",
+    "test_gradcheck": "no float64",
+    "test_gradcheck_of_feature_maps": "no float64",
+}
+
+
+def backend_tests(module: ModuleType) -> dict[str, object]:
+    """Test functions whose fixtures are a backend, what they are parametrised with, no more."""
+    return {
+        name: function
+        for name, function in vars(module).items()
+        if name.startswith("test_")
+        and inspect.isfunction(function)
+        and "backend" in inspect.signature(function).parameters
+        and "fresh_compiler" not in inspect.signature(function).parameters
+        and name not in LEFT_OUT
+    }
+
+
+for _module in MODULES:
+    _found = backend_tests(_module)
+    assert not _found.keys() & globals().keys(), "two tests of one name"
+    globals().update(_found)
