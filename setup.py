@@ -1,8 +1,8 @@
 """Builds the native libraries with CMake; everything else about the package is in pyproject.toml.
 
-The CUDA kernels are built where nvcc is found, or where it is not on PATH but in CUDA_HOME;
-FASTATTN_CUDA=0 leaves them out, FASTATTN_CUDA=1 insists on them. The CPU library needs a C++17 compiler, CMake, ninja and pybind11, and never torch. What is missing is
-said in a sentence before CMake gets a chance to say it in fifty lines.
+The CUDA kernels are built where nvcc is on PATH, or in CUDA_HOME; FASTATTN_CUDA=0 leaves them out,
+FASTATTN_CUDA=1 insists on them. The CPU library needs a C++17 compiler, CMake, ninja and pybind11,
+and never torch. What is missing is said in a sentence before CMake says it in fifty lines.
 """
 
 from __future__ import annotations

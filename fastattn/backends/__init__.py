@@ -88,10 +88,19 @@ class Backend(Protocol):
         contiguous here), returns out (B, Hq, 1, Dv)."""
 
 
-# In the order in which "auto" tries them: module and class, imported on first use.
+# In the order in which "auto" tries them: module and class, imported on first use. The reference
+# computes everything, so what stands behind it is only used by name: the CUDA kernels have not been
+# measured on a GPU yet.
 _BACKENDS = {
     "cpu": ("fastattn.backends.cpu", "CPUBackend"),
     "reference": ("fastattn.backends.reference", "ReferenceBackend"),
+    "cuda": ("fastattn.backends.cuda", "CUDABackend"),
+}
+
+# What is missing where a backend can't be imported.
+_NEEDS = {
+    "cpu": "the native library is not built",
+    "cuda": "the CUDA kernels are not built (there was no nvcc when fastattn was installed)",
 }
 
 
@@ -107,7 +116,7 @@ def load(name: str) -> Backend | str:
     try:
         backend: Backend = getattr(importlib.import_module(module), cls)()
     except ImportError as error:
-        return f"the native library is not built: {error}"
+        return f"{_NEEDS[name]}: {error}"
     return backend
 
 

@@ -1,8 +1,7 @@
 """The C++ backend: hands raw addresses to ``fastattn._native``.
 
-The native library knows nothing of torch, so this file is the only place where the two meet:
-it allocates outputs, flattens addresses and strides into the order ``csrc/bindings.cpp`` reads,
-and lends the kernels torch's own threads (a second OpenMP pool would spin against the first).
+It allocates outputs, and lends the kernels torch's own threads (a second OpenMP pool would spin
+against the first).
 """
 
 from __future__ import annotations
@@ -16,19 +15,21 @@ from torch import Tensor
 
 from fastattn import _native
 from fastattn.backends import Gradients, Inputs, Outputs
+from fastattn.backends.native import (
+    DTYPES,
+    dense,
+    form_of,
+    native_problem,
+    numbers_of,
+    state_of,
+    strided,
+)
 from fastattn.ops.problem import Problem
 
 ISA_VARIABLE = "FASTATTN_CPU_ISA"
 
-_DTYPES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
 _MAX_DIM = 256
 _SEGMENT_TOKENS, _MAX_SEGMENTS = 1024, 64  # kSegmentTokens, kMaxSegments
-_RECURRENT_TOKENS = 4  # up to here one token after another beats a chunk's set-up (measured)
 
 
 def _join_torch_threads() -> None:
@@ -54,62 +55,7 @@ def _select_isa() -> None:
 
 @lru_cache(maxsize=1024)
 def _native_problem(problem: Problem) -> _native.Problem:
-    return _native.Problem(
-        batch=problem.batch,
-        num_heads=problem.num_heads,
-        num_kv_heads=problem.num_kv_heads,
-        query_length=problem.query_length,
-        key_length=problem.key_length,
-        head_dim=problem.head_dim,
-        value_dim=problem.value_dim,
-        num_sequences=problem.num_sequences or 0,
-        dtype=_DTYPES[problem.dtype],
-        feature_map=problem.feature_map,
-        form=_form(problem),
-        is_causal=problem.is_causal,
-        normalize=problem.normalize,
-        return_state=problem.return_state,
-        needs_grad=problem.needs_grad,
-        scale=problem.scale,
-        eps=problem.eps,
-    )
-
-
-def _form(problem: Problem) -> str:
-    if problem.form != "auto":
-        return problem.form
-    few_tokens = problem.query_length <= _RECURRENT_TOKENS
-    return "recurrent" if problem.is_causal and few_tokens else "chunked"
-
-
-def _strided(tensor: Tensor) -> tuple[int, ...]:
-    return (tensor.data_ptr(), *tensor.stride())
-
-
-def _inputs(inputs: Inputs) -> tuple[int, ...]:
-    mask, cu, cu_k = inputs.key_mask, inputs.cu_seqlens, inputs.cu_seqlens_k
-    S, z = inputs.initial_S, inputs.initial_z
-    return (
-        *_strided(inputs.query),
-        *_strided(inputs.key),
-        *_strided(inputs.value),
-        *((0, 0, 0) if mask is None else _strided(mask)),
-        *((0, 0) if cu is None or cu_k is None else (cu.data_ptr(), cu_k.data_ptr())),
-        *_state(S, z),
-    )
-
-
-def _state(S: Tensor | None, z: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if S is None or z is None else (S.data_ptr(), z.data_ptr())
-
-
-def _dense(inputs: Inputs) -> Inputs:
-    """States and offsets are small and read by address alone: contiguous, copied if need be."""
-    small = (inputs.cu_seqlens, inputs.cu_seqlens_k, inputs.initial_S, inputs.initial_z)
-    if all(tensor is None or tensor.is_contiguous() for tensor in small):
-        return inputs
-    cu, cu_k, S, z = (None if tensor is None else tensor.contiguous() for tensor in small)
-    return inputs._replace(cu_seqlens=cu, cu_seqlens_k=cu_k, initial_S=S, initial_z=z)
+    return native_problem(_native, problem)
 
 
 class CPUBackend:
@@ -124,14 +70,14 @@ class CPUBackend:
     def why_not(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":
             return f"its kernels run on the CPU; the tensors are on {problem.device_type!r}"
-        if problem.dtype not in _DTYPES:
+        if problem.dtype not in DTYPES:
             return f"it has no kernels for {problem.dtype}"
         if max(problem.head_dim, problem.value_dim) > _MAX_DIM:
             return f"head sizes go up to {_MAX_DIM}; got {problem.head_dim}, {problem.value_dim}"
         return None
 
     def kernel(self, problem: Problem) -> str:
-        form = _form(problem) if problem.is_causal else "two-pass"
+        form = form_of(problem) if problem.is_causal else "two-pass"
         kind = "causal" if problem.is_causal else "non-causal"
         return f"{kind} {form} ({_native.active_isa()})"
 
@@ -155,7 +101,7 @@ class CPUBackend:
         return anchors * problem.num_kv_heads * state_size + 2
 
     def forward(self, problem: Problem, inputs: Inputs) -> Outputs:
-        inputs = _dense(inputs)
+        inputs = dense(inputs)
         native = _native_problem(problem)
         sums = problem.accumulator_dtype
         out = torch.empty(
@@ -170,7 +116,7 @@ class CPUBackend:
         # Causal: packed sequences may need fewer states than the bound; the rest is not left to chance.
         new_saved = torch.zeros if problem.is_causal else torch.empty
         saved = new_saved(self.saved_size(problem), dtype=sums)
-        numbers = (*_inputs(inputs), *_strided(out), *_state(S, z), saved.data_ptr())
+        numbers = (*numbers_of(inputs), *strided(out), *state_of(S, z), saved.data_ptr())
         _native.forward(native, numbers, torch.get_num_threads())
         return Outputs(out, S, z, saved)
 
@@ -183,21 +129,21 @@ class CPUBackend:
         grad_S: Tensor | None,
         grad_z: Tensor | None,
     ) -> Gradients:
-        inputs = _dense(inputs)
+        inputs = dense(inputs)
         if grad_S is not None and grad_z is not None:
             grad_S, grad_z = grad_S.contiguous(), grad_z.contiguous()
         query, key, value = (torch.empty_like(tensor) for tensor in inputs[:3])
         S = None if inputs.initial_S is None else torch.empty_like(inputs.initial_S)
         z = None if inputs.initial_z is None else torch.empty_like(inputs.initial_z)
         numbers = (
-            *_inputs(inputs),
+            *numbers_of(inputs),
             saved.data_ptr(),
-            *_strided(grad_out),
-            *_state(grad_S, grad_z),
-            *_strided(query),
-            *_strided(key),
-            *_strided(value),
-            *_state(S, z),
+            *strided(grad_out),
+            *state_of(grad_S, grad_z),
+            *strided(query),
+            *strided(key),
+            *strided(value),
+            *state_of(S, z),
         )
         _native.backward(_native_problem(problem), numbers, torch.get_num_threads())
         return Gradients(query, key, value, S, z)
@@ -206,6 +152,6 @@ class CPUBackend:
         out = torch.empty(
             (problem.batch, 1, problem.num_heads, problem.value_dim), dtype=problem.dtype
         ).transpose(1, 2)
-        numbers = (*_inputs(inputs), *_strided(out))
+        numbers = (*numbers_of(inputs), *strided(out))
         _native.step(_native_problem(problem), numbers, torch.get_num_threads())
         return out

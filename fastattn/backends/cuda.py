@@ -6,56 +6,20 @@ nothing is waited for, so calls can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.backends import Gradients, Inputs, Outputs
+from fastattn.backends.native import dense, form_of, native_problem, numbers_of, state_of, strided
 from fastattn.ops.problem import Problem
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 128  # kMaxDim
 _SEGMENT_TOKENS = 512  # kSegmentTokens
-_RECURRENT_TOKENS = 4  # as many tokens take one launch and no tile is worth filling
 _MIN_CAPABILITY = (8, 0)
-
-
-def _form(problem: Problem) -> str:
-    if problem.form != "auto":
-        return problem.form
-    few_tokens = problem.query_length <= _RECURRENT_TOKENS
-    return "recurrent" if problem.is_causal and few_tokens else "chunked"
-
-
-def _strided(tensor: Tensor) -> tuple[int, ...]:
-    return (tensor.data_ptr(), *tensor.stride())
-
-
-def _state(S: Tensor | None, z: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if S is None or z is None else (S.data_ptr(), z.data_ptr())
-
-
-def _inputs(inputs: Inputs) -> tuple[int, ...]:
-    mask, cu, cu_k = inputs.key_mask, inputs.cu_seqlens, inputs.cu_seqlens_k
-    return (
-        *_strided(inputs.query),
-        *_strided(inputs.key),
-        *_strided(inputs.value),
-        *((0, 0, 0) if mask is None else _strided(mask)),
-        *((0, 0) if cu is None or cu_k is None else (cu.data_ptr(), cu_k.data_ptr())),
-        *_state(inputs.initial_S, inputs.initial_z),
-    )
-
-
-def _dense(inputs: Inputs) -> Inputs:
-    """States and offsets are small and read by address alone: contiguous, copied if need be."""
-    small = (inputs.cu_seqlens, inputs.cu_seqlens_k, inputs.initial_S, inputs.initial_z)
-    if all(tensor is None or tensor.is_contiguous() for tensor in small):
-        return inputs
-    cu, cu_k, S, z = (None if tensor is None else tensor.contiguous() for tensor in small)
-    return inputs._replace(cu_seqlens=cu, cu_seqlens_k=cu_k, initial_S=S, initial_z=z)
 
 
 class CUDABackend:
@@ -66,7 +30,7 @@ class CUDABackend:
 
     def __init__(self) -> None:
         self._library = self._load()
-        self._native_problem = lru_cache(maxsize=1024)(self._make_problem)
+        self._native_problem = lru_cache(maxsize=1024)(partial(native_problem, self._library))
         self._workspace_size = lru_cache(maxsize=4096)(self._library.workspace_size)
         self._shared_limit = lru_cache(maxsize=None)(self._library.shared_limit)
 
@@ -92,9 +56,7 @@ class CUDABackend:
         index = torch.cuda.current_device() if device.index is None else device.index
         return index, torch.cuda.current_stream(index).cuda_stream
 
-    def _empty(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, role: str
-    ) -> Tensor:
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     def _empty_like(self, tensor: Tensor) -> Tensor:
@@ -104,7 +66,9 @@ class CUDABackend:
 
     def why_not(self, problem: Problem) -> str | None:
         if problem.device_type != self.device_type:
-            return f"its kernels run on {self.device_type}; the tensors are on {problem.device_type!r}"
+            return (
+                f"its kernels run on {self.device_type}; the tensors are on {problem.device_type!r}"
+            )
         if problem.dtype not in _DTYPES:
             return f"it has no kernels for {problem.dtype}"
         if max(problem.head_dim, problem.value_dim) > _MAX_DIM:
@@ -116,7 +80,7 @@ class CUDABackend:
             longest = max(problem.query_length, problem.key_length)
             one = problem.num_sequences is None and longest <= _SEGMENT_TOKENS
             return "non-causal one-launch" if one else "non-causal two-pass"
-        return f"causal {_form(problem)}"
+        return f"causal {form_of(problem)}"
 
     def saved_size(self, problem: Problem) -> int:
         """In arithmetic that torch.compile follows through symbols: as in csrc/cuda/plan.h, causal
@@ -137,22 +101,24 @@ class CUDABackend:
         return anchors * problem.num_kv_heads * state_size + 2
 
     def forward(self, problem: Problem, inputs: Inputs) -> Outputs:
-        inputs = _dense(inputs)
+        inputs = dense(inputs)
         native, device = self._native_problem(problem), inputs.query.device
         out = self._empty(
             (problem.batch, problem.query_length, problem.num_heads, problem.value_dim),
-            *(problem.dtype, device, "out"),
+            *(problem.dtype, device),
         ).transpose(1, 2)
         S = z = None
         if problem.return_state:
             heads = (problem.state_batch, problem.num_kv_heads, problem.feature_dim)
-            S = self._empty((*heads, problem.value_dim), torch.float32, device, "S")
-            z = self._empty(heads, torch.float32, device, "z")
-        saved = self._empty((self.saved_size(problem),), torch.float32, device, "saved")
+            S = self._empty((*heads, problem.value_dim), torch.float32, device)
+            z = self._empty(heads, torch.float32, device)
+        saved = self._empty((self.saved_size(problem),), torch.float32, device)
+        if problem.is_causal and problem.needs_grad:
+            saved.zero_()  # packed sequences may need fewer states than the bound
         target, _workspace = self._prepare(native, device, is_backward=False)
         self._library.forward(
             native,
-            (*target, *_inputs(inputs), *_strided(out), *_state(S, z), saved.data_ptr()),
+            (*target, *numbers_of(inputs), *strided(out), *state_of(S, z), saved.data_ptr()),
         )
         return Outputs(out, S, z, saved)
 
@@ -165,7 +131,7 @@ class CUDABackend:
         grad_S: Tensor | None,
         grad_z: Tensor | None,
     ) -> Gradients:
-        inputs = _dense(inputs)
+        inputs = dense(inputs)
         native, device = self._native_problem(problem), inputs.query.device
         if grad_S is not None and grad_z is not None:
             grad_S, grad_z = grad_S.contiguous(), grad_z.contiguous()
@@ -177,14 +143,14 @@ class CUDABackend:
             native,
             (
                 *target,
-                *_inputs(inputs),
+                *numbers_of(inputs),
                 saved.data_ptr(),
-                *_strided(grad_out),
-                *_state(grad_S, grad_z),
-                *_strided(query),
-                *_strided(key),
-                *_strided(value),
-                *_state(S, z),
+                *strided(grad_out),
+                *state_of(grad_S, grad_z),
+                *strided(query),
+                *strided(key),
+                *strided(value),
+                *state_of(S, z),
             ),
         )
         return Gradients(query, key, value, S, z)
@@ -193,12 +159,12 @@ class CUDABackend:
         device = inputs.query.device
         out = self._empty(
             (problem.batch, 1, problem.num_heads, problem.value_dim),
-            *(problem.dtype, device, "out"),
+            *(problem.dtype, device),
         ).transpose(1, 2)
         index, stream = self._target(device)
         target = (index, stream, 0, self._shared_limit(index))
         self._library.step(
-            self._native_problem(problem), (*target, *_inputs(inputs), *_strided(out))
+            self._native_problem(problem), (*target, *numbers_of(inputs), *strided(out))
         )
         return out
 
@@ -212,26 +178,5 @@ class CUDABackend:
         floats = self._workspace_size(native, is_backward, limit)
         if not floats:
             return (index, stream, 0, limit), None
-        workspace = self._empty((floats,), torch.float32, device, "workspace")
+        workspace = self._empty((floats,), torch.float32, device)
         return (index, stream, workspace.data_ptr(), limit), workspace
-
-    def _make_problem(self, problem: Problem) -> Any:
-        return self._library.Problem(
-            batch=problem.batch,
-            num_heads=problem.num_heads,
-            num_kv_heads=problem.num_kv_heads,
-            query_length=problem.query_length,
-            key_length=problem.key_length,
-            head_dim=problem.head_dim,
-            value_dim=problem.value_dim,
-            num_sequences=problem.num_sequences or 0,
-            dtype=_DTYPES[problem.dtype],
-            feature_map=problem.feature_map,
-            form=_form(problem),
-            is_causal=problem.is_causal,
-            normalize=problem.normalize,
-            return_state=problem.return_state,
-            needs_grad=problem.needs_grad,
-            scale=problem.scale,
-            eps=problem.eps,
-        )

@@ -13,17 +13,16 @@ from torch import Tensor
 
 from fastattn.backends import Gradients, Inputs, Outputs
 from fastattn.backends.cuda import CUDABackend
+from fastattn.backends.native import dense
 from fastattn.ops.problem import Problem
 from tests.emulation import build
-
-SHARED_LIMIT = 99 << 10  # of sm_120, the least of what we compile for
 
 
 class EmulatedBackend(CUDABackend):
     name = "emulated"
     device_type = "cpu"
     edits: tuple[tuple[str, str, str], ...] = ()
-    shared_limit = 227 << 10
+    shared_limit = 227 << 10  # of sm_90
 
     def _load(self) -> Any:
         library = build.library(self.edits)
@@ -45,10 +44,8 @@ class EmulatedBackend(CUDABackend):
         size = (last + 1) * tensor.element_size()
         self._memory.emulation_add_memory(tensor.data_ptr(), size, writable)
 
-    def _empty(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, role: str
-    ) -> Tensor:
-        tensor = super()._empty(shape, dtype, device, role)
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        tensor = super()._empty(shape, dtype, device)
         self._allow(tensor, writable=True)
         return tensor
 
@@ -59,6 +56,7 @@ class EmulatedBackend(CUDABackend):
 
     def forward(self, problem: Problem, inputs: Inputs) -> Outputs:
         self._memory.emulation_clear_memory()
+        inputs = dense(inputs)
         for tensor in inputs:
             self._allow(tensor, writable=False)
         return super().forward(problem, inputs)
@@ -73,6 +71,9 @@ class EmulatedBackend(CUDABackend):
         grad_z: Tensor | None,
     ) -> Gradients:
         self._memory.emulation_clear_memory()
+        inputs = dense(inputs)
+        if grad_S is not None and grad_z is not None:
+            grad_S, grad_z = grad_S.contiguous(), grad_z.contiguous()
         for tensor in (*inputs, saved, grad_out, grad_S, grad_z):
             self._allow(tensor, writable=False)
         return super().backward(problem, inputs, saved, grad_out, grad_S, grad_z)

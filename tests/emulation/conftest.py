@@ -54,7 +54,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         params = item.callspec.params if hasattr(item, "callspec") else {}
         dims = [params.get("dim", 0), *params.get("dims", ())]
-        too_large = item.name.startswith(("test_head", "test_16_bit_head", "test_value", "test_step"))
+        too_large = item.name.startswith(
+            ("test_head", "test_16_bit_head", "test_value", "test_step")
+        )
         if not all(map(_is_offered, params.values())) or (too_large and max(dims) > MAX_DIM):
             left_out.append(item)
     if left_out:

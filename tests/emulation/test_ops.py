@@ -30,6 +30,7 @@ MODULES = (
 )
 LEFT_OUT = {
     "test_64k_tokens_do_not_drift": "an hour of emulation; test_kernels.py has several segments",
+    "test_float64": "no float64",
     "test_float64_forms": "no float64",
     "test_gradcheck": "no float64",
     "test_gradcheck_of_feature_maps": "no float64",
