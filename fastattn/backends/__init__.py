@@ -93,6 +93,7 @@ class Backend(Protocol):
 # measured on a GPU yet.
 _BACKENDS = {
     "cpu": ("fastattn.backends.cpu", "CPUBackend"),
+    "triton": ("fastattn.backends.triton", "TritonBackend"),
     "reference": ("fastattn.backends.reference", "ReferenceBackend"),
     "cuda": ("fastattn.backends.cuda", "CUDABackend"),
 }
@@ -107,6 +108,12 @@ _NEEDS = {
 def names() -> list[str]:
     """The names that ``backend=`` accepts, besides "auto"."""
     return list(_BACKENDS)
+
+# What is missing where a backend can't be imported.
+_NEEDS = {
+    "cpu": "the native library is not built",
+    "triton": "Triton is not installed, or not a version that works here (3.6 to 3.9 do)",
+}
 
 
 @cache

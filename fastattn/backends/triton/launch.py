@@ -1,0 +1,78 @@
+"""How kernels are declared and started: compiled once, started with as little Python as possible.
+
+A kernel is specialised on its constexprs and on nothing else: no length, stride or scalar is
+looked at, so a new length never compiles. Triton's own launcher inspects some sixty arguments on
+every call to find that out again; where all pointers are aligned the compiled kernel is kept and
+started directly.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+ALIGNMENT = 16  # bytes; what Triton assumes of a pointer if the first one it sees has it
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """Declares a Triton kernel whose numbers (parameters annotated with an integer or float type)
+    are never specialised on."""
+    parameters = inspect.signature(function).parameters.values()
+    numbers = [p.name for p in parameters if str(p.annotation).startswith(("tl.int", "tl.float"))]
+    return triton.jit(function, do_not_specialize=numbers)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is compiled: tokens of a tile, most values of a tile, warps, pipeline stages."""
+
+    chunk: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(eq=False)
+class Step:
+    """One launch of a plan: all that does not change from call to call. ``renamed``: parameters
+    of the kernel that go by other names in the plan."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+    numbers: dict[str, int | float]
+    tile: Tile
+    renamed: dict[str, str] = field(default_factory=dict)
+    compiled: dict[int, Any] = field(default_factory=dict)  # by device
+
+    def __post_init__(self) -> None:
+        fixed = {**self.constants, **self.numbers}
+        # Of every parameter: its value, or else the name under which a call brings it.
+        self.fixed = [fixed.get(name) for name in self.kernel.arg_names]
+        self.names = [
+            None if name in fixed else self.renamed.get(name, name)
+            for name in self.kernel.arg_names
+        ]
+        self.options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+
+    def launch(self, arguments: dict[str, Any], device: int, aligned: bool) -> None:
+        """Starts the kernel on the current stream. ``aligned``: every pointer is."""
+        if 0 in self.grid:
+            return
+        values = [
+            value if name is None else arguments[name]
+            for value, name in zip(self.fixed, self.names)
+        ]
+        if INTERPRETED:
+            self.kernel[self.grid](*values)
+        elif not aligned:
+            self.kernel[self.grid](*values, **self.options)
+        elif device in self.compiled:
+            self.compiled[device][self.grid](*values)
+        else:
+            self.compiled[device] = self.kernel[self.grid](*values, **self.options)
