@@ -16,7 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # helpers import as tests
 
 from fastattn import backends
 
-BACKENDS = ["reference", "cpu"]
+# Which backends the tests of the ops run on. Triton's kernels run through its interpreter, which
+# has to be on before triton is imported, so they take a process of their own (see Makefile):
+# TRITON_INTERPRET=1 FASTATTN_TEST_BACKENDS=triton pytest tests/ops tests/backends/triton
+BACKENDS = os.environ.get("FASTATTN_TEST_BACKENDS", "reference,cpu").split(",")
 
 
 def require_backend(name: str) -> None:
