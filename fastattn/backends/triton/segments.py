@@ -41,10 +41,11 @@ def packed_rows(tokens: int, num_sequences: int, segment: int) -> int:
 
 @triton.jit
 def length_of_segments(tokens, SEGMENT: tl.constexpr, CAUSAL: tl.constexpr):
-    if CAUSAL:
-        return SEGMENT
-    share = tl.cdiv(tokens, MAX_SEGMENTS)
-    return tl.maximum(SEGMENT, tl.cdiv(share, SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE)
+    length = tokens * 0 + SEGMENT
+    if not CAUSAL:
+        share = tl.cdiv(tokens, MAX_SEGMENTS)
+        length = tl.maximum(length, tl.cdiv(share, SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE)
+    return length
 
 
 @triton.jit
@@ -85,5 +86,7 @@ def tokens_of(sequence, cu, length, PACKED: tl.constexpr):
 def first_row(sequence, cu, rows, SEGMENT: tl.constexpr, PACKED: tl.constexpr):
     """Row of a sequence's first segment."""
     if PACKED:
-        return tl.load(cu + sequence) // SEGMENT + sequence
-    return sequence * rows
+        row = tl.load(cu + sequence) // SEGMENT + sequence
+    else:
+        row = sequence * rows
+    return row

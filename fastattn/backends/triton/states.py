@@ -38,15 +38,14 @@ from fastattn.backends.triton.tiles import (
 def state_row(features, D: tl.constexpr, MAP: tl.constexpr):
     """Row of a state that holds a feature: the constant feature of cosine comes first there."""
     if MAP == "cosine":
-        return tl.where(features < D, features + 1, 0)
+        features = tl.where(features < D, features + 1, 0)
     return features
 
 
 @triton.jit
 def num_features(D: tl.constexpr, MAP: tl.constexpr):
-    if MAP == "cosine":
-        return D + 1
-    return D
+    F: tl.constexpr = D + 1 if MAP == "cosine" else D
+    return F
 
 
 @triton.jit

@@ -46,18 +46,22 @@ def at(pointer, batch, head, token, stride_b, stride_h, stride_n, UNIT: tl.const
 @triton.jit
 def tile_offsets(rows, columns, stride_n, stride_d, UNIT: tl.constexpr):
     if UNIT == 0:
-        return rows[:, None] * stride_n + columns[None, :] * stride_d
-    if UNIT > 1:
-        return rows[:, None] * (stride_n * UNIT) + columns[None, :]
-    return rows[:, None] * stride_n + columns[None, :]
+        offsets = rows[:, None] * stride_n + columns[None, :] * stride_d
+    elif UNIT > 1:
+        offsets = rows[:, None] * (stride_n * UNIT) + columns[None, :]
+    else:
+        offsets = rows[:, None] * stride_n + columns[None, :]
+    return offsets
 
 
 @triton.jit
 def within(keep, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """keep for every column that exists: no comparison where a size is a power of two."""
     if SIZE % BLOCK == 0:
-        return keep[:, None]
-    return keep[:, None] & (columns < SIZE)[None, :]
+        mask = keep[:, None]
+    else:
+        mask = keep[:, None] & (columns < SIZE)[None, :]
+    return mask
 
 
 @triton.jit
@@ -87,16 +91,15 @@ def sum_over_value_tiles(
 ):  # fmt: skip
     """The gradient of a query or key is a sum over value tiles, which are launched one after the
     other and hand it on in float32. Returns the sum so far, and which rows are now complete."""
-    if VALUE_TILES == 1:
-        return tile, keep
-    row = tl.cast(batch, tl.int64) * num_heads + head
-    row = sums + (row * length + token) * D
-    offsets = rows[:, None] * D + columns[None, :]
-    real = keep[:, None] & (columns < D)[None, :]
-    tile += tl.load(row + offsets, mask=real & (value_tile > 0), other=0.0)
-    last = value_tile == VALUE_TILES - 1
-    tl.store(row + offsets, tile, mask=real & (not last))
-    return tile, keep & last
+    if VALUE_TILES > 1:
+        row = tl.cast(batch, tl.int64) * num_heads + head
+        row = sums + (row * length + token) * D
+        offsets = rows[:, None] * D + columns[None, :]
+        real = keep[:, None] & (columns < D)[None, :]
+        tile += tl.load(row + offsets, mask=real & (value_tile > 0), other=0.0)
+        tl.store(row + offsets, tile, mask=real & (value_tile < VALUE_TILES - 1))
+        keep = keep & (value_tile == VALUE_TILES - 1)
+    return tile, keep
 
 
 @triton.jit
@@ -104,7 +107,7 @@ def keys_kept(mask, batch, token, rows, in_range, stride_b, stride_n, HAS_MASK: 
     """Which rows of a tile are keys that take part."""
     if HAS_MASK:
         row = mask + batch * stride_b + token * stride_n
-        return in_range & (tl.load(row + rows * stride_n, mask=in_range, other=0) != 0)
+        in_range = in_range & (tl.load(row + rows * stride_n, mask=in_range, other=0) != 0)
     return in_range
 
 
