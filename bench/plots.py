@@ -53,7 +53,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     title = f"Time of one call against length: batch 1, {long[0]['heads']} heads of "
     figure.suptitle(
         f"{title}{long[0]['head_dim']}\n",
-        **{"x": 0.008, "ha": "left", "fontsize": 15, "fontweight": "bold", "color": _INK},
+        x=0.008,
+        ha="left",
+        fontsize=15,
+        fontweight="bold",
+        color=_INK,
     )
     figure.legend(
         handles.values(),

@@ -109,6 +109,7 @@ def names() -> list[str]:
     """The names that ``backend=`` accepts, besides "auto"."""
     return list(_BACKENDS)
 
+
 # What is missing where a backend can't be imported.
 _NEEDS = {
     "cpu": "the native library is not built",

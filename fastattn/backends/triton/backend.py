@@ -21,6 +21,7 @@ _MAX_DIM = 256
 _OLDEST_CAPABILITY = (8, 0)  # NVIDIA: bfloat16 in the matrix units, asynchronous copies
 _INTERPRETED_MULTIPROCESSORS = 8
 _UNIT = 8  # elements; see tiles.py
+_LARGEST_TOKEN_STRIDE = 2**24  # so that offsets within a tile of up to 64 tokens fit 32 bits
 
 
 @cache
@@ -74,7 +75,7 @@ def _unit_of(*tensors: Tensor) -> int:
     unit = _UNIT
     for tensor in tensors:
         b, h, n, d = tensor.stride()
-        if d != 1 and tensor.shape[3] > 1:
+        if (d != 1 and tensor.shape[3] > 1) or n > _LARGEST_TOKEN_STRIDE:
             return 0
         if (b | h | n) % _UNIT:
             unit = 1

@@ -12,13 +12,14 @@ Backward, with g_i = do_i / den_i, u_i = S_i g_i, delta_i = -phi(q_i) . u_i / de
     reverse sweep:   dS_j = sum_{i>=j} phi(q_i) g_i^T        dphi(k_j) = dS_j v_j + dz_j
                      dz_j = sum_{i>=j} delta_i phi(q_i)      dv_j = dS_j^T phi(k_j)
 
-The two sweeps take turns, segment by segment, so that the second finds its tokens in cache. Walking
-the state backwards by subtraction would save that second reading, but is wrong where a segment's
-features differ by many orders of magnitude: what is left of a large sum is its rounding.
+Two launches, one for each sweep, and a fold of the segments' sums between them; every program takes
+one segment. Walking the state backwards by subtraction would save reading the inputs again, but is
+wrong where a segment's features differ by many orders of magnitude: what is left of a large sum is
+its rounding. It also needs both states in registers at once, which spills (measured).
 
 Bytes per token and head, 16-bit inputs, D = Dv = d, states (4 d^2 each) apart: forward 8d with one
 program a head; 12d where segments are shared out, since their sums read k and v once more.
-Backward: 14d, and another 8d that a program reads a second time, within one segment.
+Backward: 10d and 12d, and q and do once more (4d) by the program that has just read them.
 """
 
 from __future__ import annotations
@@ -163,9 +164,7 @@ def sweep_forward(
         keys = operand(phi_k, OPERAND)
         for h in range(head * GROUP, head * GROUP + GROUP):
             query_row = at(query, batch, h, first + t, query_b, query_h, query_n, UNIT)
-            out_row = at(
-                grad_out, batch, h, first + t, grad_out_b, grad_out_h, grad_out_n, UNIT
-            )
+            out_row = at(grad_out, batch, h, first + t, grad_out_b, grad_out_h, grad_out_n, UNIT)
             q = load_tile(query_row, rows, features, in_range, query_n, query_d, D, BLOCK_F, UNIT)
             g = load_tile(
                 out_row, rows, values, in_range, grad_out_n, grad_out_d, DV, BLOCK_V, UNIT
@@ -220,8 +219,9 @@ def sweep_reverse(
     rows, features = tl.arange(0, CHUNK), tl.arange(0, BLOCK_F)
     L = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
     L_z = tl.zeros((BLOCK_F,), tl.float32)
+    later = operand(T, OPERAND)
     chunks = tl.cdiv(end - begin, CHUNK)
-    for c in range(0, chunks):
+    for c in range(chunks):
         t = begin + (chunks - 1 - c) * CHUNK
         in_range = rows < end - t
         if WRITE:
@@ -232,14 +232,13 @@ def sweep_reverse(
             v = load_tile(value_row, rows, values, keep, value_n, value_d, DV, BLOCK_V, UNIT)
             phi_k, norm = phi_of_keys(k, features, keep, T_z, D, BLOCK_F, MAP)
             keys, v = operand(phi_k, OPERAND), operand(v, OPERAND)
-            later = operand(T + L, OPERAND)
+            own = operand(L, OPERAND)
             dphi = matmul(v, tl.trans(later), PRECISION) + (T_z + L_z)[None, :]
-            dv = matmul(keys, later, PRECISION)
+            dphi = matmul_add(v, tl.trans(own), dphi, PRECISION)
+            dv = matmul_add(keys, own, matmul(keys, later, PRECISION), PRECISION)
         for h in range(head * GROUP, head * GROUP + GROUP):
             query_row = at(query, batch, h, first + t, query_b, query_h, query_n, UNIT)
-            out_row = at(
-                grad_out, batch, h, first + t, grad_out_b, grad_out_h, grad_out_n, UNIT
-            )
+            out_row = at(grad_out, batch, h, first + t, grad_out_b, grad_out_h, grad_out_n, UNIT)
             q = load_tile(query_row, rows, features, in_range, query_n, query_d, D, BLOCK_F, UNIT)
             g = load_tile(
                 out_row, rows, values, in_range, grad_out_n, grad_out_d, DV, BLOCK_V, UNIT
@@ -298,7 +297,7 @@ def backward_segments(
     SEGMENT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr,
     VALUE_TILES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Few heads, first pass: dq of one segment a program, and its sums dS and dz."""
+    """First pass: dq of one segment a program, and its sums dS and dz."""
     row, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     features = tl.arange(0, BLOCK_F)
     values = value_tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -349,7 +348,7 @@ def backward_keys(
     SEGMENT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr,
     VALUE_TILES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Few heads, second pass: dk and dv of one segment a program, from the sums dS and dz of all
+    """Second pass: dk and dv of one segment a program, from the sums dS and dz of all
     later segments."""
     row, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     features = tl.arange(0, BLOCK_F)
@@ -372,65 +371,3 @@ def backward_keys(
         True, D, DV, GROUP, MAP, NORMALIZE, HAS_MASK, UNIT, CHUNK, BLOCK_F, BLOCK_V, VALUE_TILES,
         OPERAND, PRECISION,
     )  # fmt: skip
-
-
-@kernel
-def backward(
-    query, key, value, mask, grad_out, grad_query, grad_key, grad_value, factors, cu, S, z,
-    end_S, end_z, start_S, start_z,
-    query_b: tl.int64, query_h: tl.int64, query_n: tl.int64, query_d: tl.int64,
-    key_b: tl.int64, key_h: tl.int64, key_n: tl.int64, key_d: tl.int64,
-    value_b: tl.int64, value_h: tl.int64, value_n: tl.int64, value_d: tl.int64,
-    grad_out_b: tl.int64, grad_out_h: tl.int64, grad_out_n: tl.int64, grad_out_d: tl.int64,
-    grad_query_b: tl.int64, grad_query_h: tl.int64, grad_query_n: tl.int64, grad_query_d: tl.int64,
-    grad_key_b: tl.int64, grad_key_h: tl.int64, grad_key_n: tl.int64, grad_key_d: tl.int64,
-    grad_value_b: tl.int64, grad_value_h: tl.int64, grad_value_n: tl.int64, grad_value_d: tl.int64,
-    mask_b: tl.int64, mask_n: tl.int64,
-    length: tl.int32, num_heads: tl.int32, num_kv_heads: tl.int32, rows_of_sequence: tl.int32,
-    scale: tl.float32, eps: tl.float32,
-    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, MAP: tl.constexpr,
-    NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_END: tl.constexpr,
-    HAS_START: tl.constexpr, PACKED: tl.constexpr, UNIT: tl.constexpr, SEGMENT: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Many heads: one sequence a program, last segment first, both sweeps of a segment in turn.
-    `end` is the gradient of the returned state, `start` receives that of the initial one."""
-    sequence, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
-    features, values = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_V)
-    batch, first, tokens = tokens_of(sequence, cu, length, PACKED)
-    state = sequence * num_kv_heads + head
-    T, T_z = load_state(end_S, end_z, state, features, values, HAS_END, D, DV, MAP)
-    segments = tl.cdiv(tokens, SEGMENT)
-    for i in range(0, segments):
-        segment = segments - 1 - i
-        begin = segment * SEGMENT
-        end = tl.minimum(tokens, begin + SEGMENT)
-        own = first_row(sequence, cu, rows_of_sequence, SEGMENT, PACKED) + segment
-        S_tile, z_tile = load_state(
-            S, z, own * num_kv_heads + head, features, values, True, D, DV, MAP
-        )
-        sweep_forward(
-            query, key, value, mask, grad_out, grad_query, grad_query, factors, S_tile, z_tile,
-            batch, head, first, begin, end, length, num_heads, values, 0, scale, eps,
-            query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
-            value_b, value_h, value_n, value_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
-            grad_query_b, grad_query_h, grad_query_n, grad_query_d, mask_b, mask_n,
-            D, DV, GROUP, MAP, NORMALIZE, HAS_MASK, UNIT, CHUNK, BLOCK_F, BLOCK_V, 1,
-            OPERAND, PRECISION,
-        )  # fmt: skip
-        tl.debug_barrier()  # the row factors come from other threads
-        L, L_z = sweep_reverse(
-            query, key, value, mask, grad_out, grad_key, grad_value, grad_key, factors, T, T_z,
-            batch, head, first, begin, end, length, num_heads, num_kv_heads, values, 0, scale,
-            query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
-            value_b, value_h, value_n, value_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
-            grad_key_b, grad_key_h, grad_key_n, grad_key_d,
-            grad_value_b, grad_value_h, grad_value_n, grad_value_d, mask_b, mask_n,
-            True, D, DV, GROUP, MAP, NORMALIZE, HAS_MASK, UNIT, CHUNK, BLOCK_F, BLOCK_V, 1,
-            OPERAND, PRECISION,
-        )  # fmt: skip
-        T += L
-        T_z += L_z
-    if HAS_START:
-        store_state(start_S, start_z, T, T_z, state, features, values, True, D, DV, MAP)

@@ -24,7 +24,6 @@ import triton.language as tl
 from fastattn.backends.triton.launch import kernel
 from fastattn.backends.triton.segments import length_of_segments, sequence_at, tokens_of
 from fastattn.backends.triton.states import (
-    load_maximum,
     load_state,
     maximum_of_segment,
     store_state,
@@ -256,58 +255,42 @@ def backward_of_keys(
 
 @kernel
 def backward_queries(
-    query, grad_out, grad_query, sums, cu, S, z, start_S, start_z, dS, dz,
+    query, grad_out, grad_query, sums, cu, S, z, dS, dz,
     query_b: tl.int64, query_h: tl.int64, query_n: tl.int64, query_d: tl.int64,
     grad_out_b: tl.int64, grad_out_h: tl.int64, grad_out_n: tl.int64, grad_out_d: tl.int64,
     grad_query_b: tl.int64, grad_query_h: tl.int64, grad_query_n: tl.int64, grad_query_d: tl.int64,
     query_length: tl.int32, num_heads: tl.int32, num_kv_heads: tl.int32, num_sequences: tl.int32,
     query_rows: tl.int32, value_tile: tl.int32, scale: tl.float32, eps: tl.float32,
     D: tl.constexpr, DV: tl.constexpr, MAP: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_START: tl.constexpr, PACKED: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr,
+    PACKED: tl.constexpr, UNIT: tl.constexpr,
     SEGMENT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr,
     VALUE_TILES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First pass of the backward: dq, and the sums dS and dz of one segment (SPLIT), or of all
-    segments of a sequence folded onto `start`, the gradient of the returned state."""
+    """First pass of the backward: dq of one segment of queries, and its sums dS and dz."""
     row, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     features = tl.arange(0, BLOCK_F)
     values = value_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    if SPLIT:
-        sequence, segment = sequence_at(row, cu, num_sequences, query_rows, SEGMENT, PACKED)
-    else:
-        sequence, segment = row, row * 0
+    sequence, segment = sequence_at(row, cu, num_sequences, query_rows, SEGMENT, PACKED)
     batch, first, tokens = tokens_of(sequence, cu, query_length, PACKED)
     length = length_of_segments(tokens, SEGMENT, False)
-    last = tl.cdiv(tokens, length)
-    if SPLIT:
-        last = tl.minimum(last, segment + 1)
+    begin = segment * length
+    end = tl.minimum(tokens, begin + length)
     own, kv_head = row * num_kv_heads + head, sequence * num_kv_heads + head
     S_tile, z_tile = load_state(S, z, kv_head, features, values, True, D, DV, MAP)
     dS_tile = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
     dz_tile = tl.zeros((BLOCK_F,), tl.float32)
-    if HAS_START and not SPLIT:
-        dS_tile, dz_tile = load_state(
-            start_S, start_z, kv_head, features, values, True, D, DV, MAP
-        )
     if VALUE_TILES > 1:  # dz is a sum over value tiles: earlier ones have left theirs
         dz_tile = dz_of_earlier_value_tiles(dz, dz_tile, own, features, value_tile, D, MAP)
     group = num_heads // num_kv_heads
-    for i in range(segment, last):
-        begin = i * length
-        end = tl.minimum(tokens, begin + length)
-        part_S = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-        part_z = tl.zeros((BLOCK_F,), tl.float32)
-        for h in range(head * group, (head + 1) * group):
-            part_S, part_z = backward_of_queries(
-                query, grad_out, grad_query, sums, S_tile, z_tile, batch, h, num_heads,
-                query_length, first, begin, end, values, value_tile, scale, eps,
-                query_b, query_h, query_n, query_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
-                grad_query_b, grad_query_h, grad_query_n, grad_query_d, part_S, part_z,
-                D, DV, MAP, NORMALIZE, UNIT, CHUNK, BLOCK_F, BLOCK_V, VALUE_TILES,
-                OPERAND, PRECISION,
-            )  # fmt: skip
-        dS_tile += part_S
-        dz_tile += part_z
+    for h in range(head * group, (head + 1) * group):
+        dS_tile, dz_tile = backward_of_queries(
+            query, grad_out, grad_query, sums, S_tile, z_tile, batch, h, num_heads,
+            query_length, first, begin, end, values, value_tile, scale, eps,
+            query_b, query_h, query_n, query_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
+            grad_query_b, grad_query_h, grad_query_n, grad_query_d, dS_tile, dz_tile,
+            D, DV, MAP, NORMALIZE, UNIT, CHUNK, BLOCK_F, BLOCK_V, VALUE_TILES,
+            OPERAND, PRECISION,
+        )  # fmt: skip
     store_state(dS, dz, dS_tile, dz_tile, own, features, values, True, D, DV, MAP)
 
 
@@ -409,9 +392,7 @@ def backward_of_head(
             D, DV, MAP, NORMALIZE, UNIT, CHUNK, BLOCK_F, BLOCK_V, 1, OPERAND, PRECISION,
         )  # fmt: skip
     if HAS_START:
-        start, start_of_z = load_state(
-            start_S, start_z, state, features, values, True, D, DV, MAP
-        )
+        start, start_of_z = load_state(start_S, start_z, state, features, values, True, D, DV, MAP)
         dS_tile, dz_tile = start + dS_tile, start_of_z + dz_tile
     if HAS_INITIAL:
         store_state(dS, dz, dS_tile, dz_tile, state, features, values, True, D, DV, MAP)

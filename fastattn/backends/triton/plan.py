@@ -314,8 +314,7 @@ def backward(problem: Problem, target: Target, has_grad_state: bool) -> Plan:
 def _full_backward(p: Problem, target: Target, has_grad_state: bool) -> Plan:
     sizes = Sizes(p, "noncausal backward")
     short = max(p.query_length, p.key_length) <= SHORT_TOKENS and sizes.value_tiles == 1
-    shared = sizes.shares_out(p.query_length, target.multiprocessors)
-    name = "one launch" if short else "shared-out sums" if shared else "one sum a head"
+    name = "one launch" if short else "shared-out sums"
     planner = Planner(f"non-causal backward, {name}", p, "noncausal backward", target)
     s = planner.sizes
     saved = {"S": "saved_S", "z": "saved_z"}
@@ -330,25 +329,20 @@ def _full_backward(p: Problem, target: Target, has_grad_state: bool) -> Plan:
         planner.step(noncausal.backward_of_head, (s.states,), names, HAS_START=has_grad_state)
         return planner.plan
     _add_sums(planner)
-    rows = s.all_rows(p.query_length) if shared else s.sequences
-    parts = {"dS": "parts_S", "dz": "parts_z"} if shared else total
-    if shared:
-        planner.workspace_states("parts_S", "parts_z", rows * p.num_kv_heads)
+    programs = s.all_rows(p.query_length) * p.num_kv_heads
+    planner.workspace_states("parts_S", "parts_z", programs)
     for value_tile in range(s.value_tiles):
         planner.step(
             noncausal.backward_queries,
-            (rows * p.num_kv_heads,),
-            saved | start | parts | {"sums": "sums_of_queries"},
-            HAS_START=has_grad_state,
-            SPLIT=shared,
+            (programs,),
+            saved | {"dS": "parts_S", "dz": "parts_z", "sums": "sums_of_queries"},
             value_tile=value_tile,
         )
-    if shared:
-        planner.fold(
-            *("cu", p.query_length, s.query_rows),
-            start | {"end_S": total["dS"], "end_z": total["dz"]},
-            HAS_START=has_grad_state, HAS_END=True, SAVE=False, EXCLUSIVE=False, REVERSE=False,
-        )  # fmt: skip
+    planner.fold(
+        *("cu", p.query_length, s.query_rows),
+        start | {"end_S": total["dS"], "end_z": total["dz"]},
+        HAS_START=has_grad_state, HAS_END=True, SAVE=False, EXCLUSIVE=False, REVERSE=False,
+    )  # fmt: skip
     for value_tile in range(s.value_tiles):
         planner.step(
             noncausal.backward_keys,
@@ -360,28 +354,10 @@ def _full_backward(p: Problem, target: Target, has_grad_state: bool) -> Plan:
 
 
 def _causal_backward(p: Problem, target: Target, has_grad_state: bool) -> Plan:
-    sizes = Sizes(p, "causal backward")
-    several = sizes.packed or sizes.key_rows > 1
-    shared = sizes.value_tiles > 1 or (
-        several and shares_out_segments(sizes.states, target.multiprocessors)
-    )
-    name = "causal backward, " + ("shared-out segments" if shared else "one launch")
-    planner = Planner(name, p, "causal backward", target)
+    planner = Planner("causal backward, shared-out segments", p, "causal backward", target)
     s = planner.sizes
     saved = {"S": "saved_S", "z": "saved_z"}
     factors = 2 * p.batch * p.num_heads * p.query_length if p.normalize else 0
-    if not shared:
-        planner.workspace("factors", factors)
-        planner.step(
-            causal.backward,
-            (s.states,),
-            saved
-            | {"end_S": "grad_S", "end_z": "grad_z"}
-            | {"start_S": "grad_initial_S", "start_z": "grad_initial_z"},
-            HAS_END=has_grad_state,
-            HAS_START=p.has_initial_state,
-        )
-        return planner.plan
     _add_sums(planner)
     programs = s.all_rows(p.key_length) * p.num_kv_heads
     parts = {"dS": "parts_S", "dz": "parts_z"}

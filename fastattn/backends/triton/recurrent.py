@@ -8,7 +8,6 @@ One reading and writing of S per call is all the memory traffic there is: this i
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from fastattn.backends.triton.launch import kernel
@@ -49,13 +48,13 @@ def recurrent(
     present = one < 1
     state = sequence * num_kv_heads + head
     z_0 = tl.zeros((BLOCK_F,), tl.float32)
-    for value_tile in range(0, VALUE_TILES):
+    for value_tile in range(VALUE_TILES):
         values = value_tile * BLOCK_V + tl.arange(0, BLOCK_V)
         S, z = load_state(start_S, start_z, state, features, values, HAS_START, D, DV, MAP)
         if VALUE_TILES > 1:  # the first tile may have overwritten z: all others start from its
             z_0 = tl.where(value_tile == 0, z, z_0)
             z = z_0
-        for t in range(0, tokens):
+        for t in range(tokens):
             if SAVE:
                 if t % SEGMENT == 0:
                     row = first_row(sequence, cu, rows_of_sequence, SEGMENT, PACKED) + t // SEGMENT

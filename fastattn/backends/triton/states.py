@@ -139,7 +139,7 @@ def load_maximum(
         maximum = tl.full((BLOCK_F,), LOWEST, tl.float32)
         row = first_row(sequence, cu, rows, SEGMENT, PACKED)
         length = length_of_segments(tokens, SEGMENT, False)
-        for i in range(0, tl.cdiv(tokens, length)):
+        for i in range(tl.cdiv(tokens, length)):
             address = maxima + tl.cast((row + i) * num_heads + head, tl.int64) * D
             own = tl.load(address + features, mask=features < D, other=0.0)
             maximum = tl.maximum(maximum, own)
@@ -260,7 +260,7 @@ def _fold(
     running = element.to(tl.float32) * 0.0
     if HAS_START:
         running = tl.load(start + state, mask=real, other=0.0)
-    for i in range(0, count):
+    for i in range(count):
         own = row + (count - 1 - i if REVERSE else i)
         address = parts + tl.cast(own * num_heads + head, tl.int64) * SIZE + element
         part = tl.load(address, mask=real, other=0.0)

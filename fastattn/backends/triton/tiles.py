@@ -6,7 +6,7 @@ The arithmetic is that of csrc/cpu/features.h and call.h, number by number.
 
 Strides are counted in UNIT elements. UNIT is 8 where every stride is a multiple of 8 elements and
 features lie side by side, so that the compiler sees it and copies 16 bytes at a time; 1 where only
-the features lie side by side; 0 for any strides. No length and no stride is ever specialised on.
+the features lie side by side; 0 for any strides, also those too large for 32 bits. No length and no stride is ever specialised on.
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ def at(pointer, batch, head, token, stride_b, stride_h, stride_n, UNIT: tl.const
 
 @triton.jit
 def tile_offsets(rows, columns, stride_n, stride_d, UNIT: tl.constexpr):
+    """Within a tile 32 bits do unless UNIT is 0, and save registers."""
     if UNIT == 0:
         offsets = rows[:, None] * stride_n + columns[None, :] * stride_d
-    elif UNIT > 1:
-        offsets = rows[:, None] * (stride_n * UNIT) + columns[None, :]
     else:
-        offsets = rows[:, None] * stride_n + columns[None, :]
+        offsets = rows[:, None] * (tl.cast(stride_n, tl.int32) * UNIT) + columns[None, :]
     return offsets
 
 
