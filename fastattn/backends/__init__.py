@@ -148,7 +148,7 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
 
 @lru_cache(maxsize=4096)
 def _choose(problem: Problem, name: str) -> Backend:
-    reasons = {}
+    reasons: dict[str, str | None] = {}
     for candidate in names() if name == "auto" else [name]:
         reason = why_not(candidate, problem)
         backend = load(candidate)

@@ -47,7 +47,7 @@ def test_takes_a_problem() -> None:
     problem = explain(x, x, x).problem
     assert explain(problem) == explain(x, x, x)
     on_gpu = explain(dataclasses.replace(problem, device_type="cuda"))
-    assert on_gpu.backend == "reference"
+    assert on_gpu.backend != "cpu"
 
 
 def test_refuses_what_the_call_refuses() -> None:

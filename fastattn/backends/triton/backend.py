@@ -57,7 +57,7 @@ def _float32_precision() -> str:
     if setting is None:  # torch < 2.9
         return "tf32" if matmul.allow_tf32 else "ieee"
     if setting == "none":
-        setting = torch.backends.fp32_precision
+        setting = getattr(torch.backends, "fp32_precision", "ieee")
     return "tf32" if setting == "tf32" else "ieee"
 
 

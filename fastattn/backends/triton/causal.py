@@ -74,7 +74,7 @@ def forward(
     BLOCK_V: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """SPLIT: one segment a program, from the state in its row of `start`. Else: one sequence a
-    program, from its initial state in `start`; with SAVE the state of every segment goes to `saved`.
+    program, from its initial state in `start`; with SAVE every segment's state goes to `saved`.
     """
     row, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     rows, features = tl.arange(0, CHUNK), tl.arange(0, BLOCK_F)

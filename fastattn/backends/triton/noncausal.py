@@ -24,6 +24,7 @@ import triton.language as tl
 from fastattn.backends.triton.launch import kernel
 from fastattn.backends.triton.segments import length_of_segments, sequence_at, tokens_of
 from fastattn.backends.triton.states import (
+    dz_of_earlier_value_tiles,
     load_state,
     maximum_of_segment,
     store_state,
@@ -121,7 +122,7 @@ def forward_of_head(
     SAVE: tl.constexpr, PACKED: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both passes of a short sequence in one launch: one kv head a program, S stays in registers."""
+    """Both passes of a short sequence in one launch: one kv head a program, S in registers."""
     sequence, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     batch, first, tokens = tokens_of(sequence, cu_k, key_length, PACKED)
     features = tl.arange(0, BLOCK_F)
@@ -374,7 +375,7 @@ def backward_of_head(
     PACKED: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both passes of a short sequence in one launch: one kv head a program, dS stays in registers."""
+    """Both passes of a short sequence in one launch: one kv head a program, dS in registers."""
     sequence, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     features, values = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_V)
     state = sequence * num_kv_heads + head

@@ -224,7 +224,8 @@ def _full(p: Problem, target: Target) -> Plan:
         )
         planner.fold(
             *("cu_k", p.key_length, s.key_rows),
-            {"start_S": "initial_S", "start_z": "initial_z", "end_S": total["S"], "end_z": total["z"]},
+            {"start_S": "initial_S", "start_z": "initial_z"}
+            | {"end_S": total["S"], "end_z": total["z"]},
             HAS_START=p.has_initial_state, HAS_END=True, SAVE=save, EXCLUSIVE=False, REVERSE=False,
         )  # fmt: skip
     else:
@@ -296,7 +297,8 @@ def step(problem: Problem, target: Target) -> Plan:
     planner.step(
         recurrent.recurrent,
         (planner.sizes.states,),
-        {"start_S": "initial_S", "start_z": "initial_z", "end_S": "initial_S", "end_z": "initial_z"},
+        {"start_S": "initial_S", "start_z": "initial_z"}
+        | {"end_S": "initial_S", "end_z": "initial_z"},
         HAS_START=True, RETURN_STATE=True, SAVE=False,
     )  # fmt: skip
     return planner.plan

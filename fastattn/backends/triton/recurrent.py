@@ -55,7 +55,7 @@ def recurrent(
             z_0 = tl.where(value_tile == 0, z, z_0)
             z = z_0
         for t in range(tokens):
-            if SAVE:
+            if SAVE:  # noqa: SIM102  (decided when it is compiled, the other as it runs)
                 if t % SEGMENT == 0:
                     row = first_row(sequence, cu, rows_of_sequence, SEGMENT, PACKED) + t // SEGMENT
                     own = row * num_kv_heads + head

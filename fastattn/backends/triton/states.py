@@ -111,7 +111,7 @@ def sum_segment(
     UNIT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S and z of the keys `begin` to `end` of a sequence whose first token is `first`, from zero."""
+    """S and z, from zero, of the keys `begin` to `end` of a sequence that starts at `first`."""
     rows, features = tl.arange(0, CHUNK), tl.arange(0, BLOCK_F)
     S = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
     z = tl.zeros((BLOCK_F,), tl.float32)

@@ -6,7 +6,8 @@ The arithmetic is that of csrc/cpu/features.h and call.h, number by number.
 
 Strides are counted in UNIT elements. UNIT is 8 where every stride is a multiple of 8 elements and
 features lie side by side, so that the compiler sees it and copies 16 bytes at a time; 1 where only
-the features lie side by side; 0 for any strides, also those too large for 32 bits. No length and no stride is ever specialised on.
+the features lie side by side; 0 for any strides, also those too large for 32 bits. No length and no
+stride is ever specialised on.
 """
 
 from __future__ import annotations
