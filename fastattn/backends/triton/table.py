@@ -2,8 +2,8 @@
 
 Tiles were chosen by compiling ahead of time and reading registers and spills from the binaries
 (``fastattn info --kernels``); none was timed yet, see docs/gpu-status.md. How a sum is cut decides
-its bits, so tiles and segments depend on the pass, the head sizes and the type alone. The numbers of
-heads and multiprocessors only decide who computes which segment.
+its bits, so tiles and segments depend on the pass, the head sizes and the type alone. How many heads
+and multiprocessors there are only decides who computes which segment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ahead of time, for GPUs that are not here: every shipped kernel compiles, fits and hardly spills."""
+"""Ahead of time, for GPUs that are not here: shipped kernels compile, fit and hardly spill."""
 
 from __future__ import annotations
 
