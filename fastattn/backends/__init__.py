@@ -101,6 +101,7 @@ _BACKENDS = {
 # What is missing where a backend can't be imported.
 _NEEDS = {
     "cpu": "the native library is not built",
+    "triton": "Triton is not installed, or not a version that works here (3.6 to 3.9 do)",
     "cuda": "the CUDA kernels are not built (there was no nvcc when fastattn was installed)",
 }
 
@@ -108,13 +109,6 @@ _NEEDS = {
 def names() -> list[str]:
     """The names that ``backend=`` accepts, besides "auto"."""
     return list(_BACKENDS)
-
-
-# What is missing where a backend can't be imported.
-_NEEDS = {
-    "cpu": "the native library is not built",
-    "triton": "Triton is not installed, or not a version that works here (3.6 to 3.9 do)",
-}
 
 
 @cache
