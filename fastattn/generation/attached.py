@@ -166,7 +166,7 @@ def _carry_in(cache: Cache) -> None:
     """Make ``cache`` carry the head's number for each sequence wherever its own content goes."""
     kind: Any = type(cache)
     if not issubclass(kind, _Carrying):
-        cache.__class__ = _carrying(type(cache))
+        cache.__class__ = _carrying(kind)
 
 
 class _Carrying:

@@ -1,4 +1,4 @@
-"""Every Python snippet of the pages on models and modules runs as printed, top to bottom."""
+"""Every Python snippet of the pages named here runs as printed, top to bottom."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_bert(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:linear attention has no attention weights")
-@pytest.mark.parametrize("page", ["module.md", "models.md"])
+@pytest.mark.parametrize("page", ["module.md", "models.md", "diagnose.md", "generation.md"])
 def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_bert(tmp_path / "bert-folder")
     monkeypatch.chdir(tmp_path)

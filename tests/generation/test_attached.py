@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import fastattn
 from fastattn.generation import SelfTerminatingHead, detach
 
 EOS, PAD, VOCABULARY = 2, 0, 23
@@ -91,6 +92,28 @@ def test_beam_scores_are_those_of_the_sequences(kind: str, clock: str, beams: in
         assert float(score) == pytest.approx(float(chosen.sum()), abs=1e-3)
         moved |= len(set(out.beam_indices[row, :count].tolist())) > 1
     assert moved, "beams changed places, so there was something to follow"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", ["nmst", "st"])
+def test_with_the_state_of_linear_attention(kind: str, beams: int) -> None:
+    """The head's number is reordered with the constant-size state."""
+    head, plain = SelfTerminatingHead(EOS, 0.02, kind), fastattn.linearize(decoder(1.0), "elu")
+    model = head.attach(copy.deepcopy(plain))
+    given = {name: value[1:] for name, value in prompts().items()}
+    out = model.generate(
+        **given, num_beams=beams, num_return_sequences=beams, do_sample=False,
+        max_new_tokens=60, length_penalty=0.0, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    for row, tokens in enumerate(out.sequences):
+        count = int((tokens[7:] == EOS).nonzero()[0]) + 1
+        want = log_probs_of(head, plain, tokens[: 7 + count], prompt=7)[6:-1]
+        chosen = want.gather(1, tokens[7 : 7 + count, None])
+        if beams > 1:
+            score = float(out.sequences_scores[row])
+            assert score == pytest.approx(float(chosen.sum()), abs=1e-3)
+        else:
+            assert torch.equal(want.argmax(1), tokens[7 : 7 + count])
 
 
 @pytest.mark.parametrize("kind", ["nmst", "st"])
