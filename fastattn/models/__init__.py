@@ -4,6 +4,14 @@ Importing this registers ``attn_implementation="fastattn_linear"`` with transfor
 ``from_pretrained`` load linearised checkpoints.
 """
 
+try:
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    message = "fastattn.models needs transformers: pip install 'fastattn[models]'"
+    raise ModuleNotFoundError(message, name="transformers") from error
+
 from fastattn.models.attention import NAME
 from fastattn.models.checkpoint import load
 from fastattn.models.conversion import linearize, restore
