@@ -25,7 +25,9 @@ def test_linear_function_gives_weight_times_change(
     points: int, chunk: int | None, seed: int
 ) -> None:
     weights, x, start = torch.randn(3, 1, 5, dtype=DOUBLE)
-    got = integrated_gradients(lambda x: (x * weights).sum(-1), x, start, points=points)
+    got = integrated_gradients(
+        lambda x: (x * weights).sum(-1), x, start, points=points, chunk=chunk
+    )
     close(got, weights * (x - start))
 
 

@@ -26,17 +26,18 @@ def model_and_tokenizer(classifier: Path) -> tuple[Any, Any]:
 
 def test_a_model_agrees_with_itself(model_and_tokenizer: tuple[Any, Any]) -> None:
     model, tokenizer = model_and_tokenizer
+    model.double()  # in float32 the alignment of memory may round a product otherwise
     comparison = compare(model, copy.deepcopy(model), tokenizer, TEXTS)
     summary = comparison.summary()
     assert summary["spearman"] == summary["top_overlap"] == 1
     assert summary["kendall"] == pytest.approx(1)
-    assert summary["output_difference"] < 1e-6  # memory alignment may round a product otherwise
+    assert summary["output_difference"] < 1e-12
     assert max(summary["original_gap"], summary["patched_gap"]) < 1e-4
     assert model.training and all(p.requires_grad for p in model.parameters()), "left as it was"
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_longer_trained_copy_is_nearer(model_and_tokenizer: tuple[Any, Any]) -> None:
+def test_damage_lowers_the_agreement(model_and_tokenizer: tuple[Any, Any]) -> None:
     """Noise on the weights lowers the agreement, more noise more so."""
     model, tokenizer = model_and_tokenizer
     correlations = []

@@ -151,7 +151,7 @@ def test_training_loss(kind: str, clock: str) -> None:
     assert halved.item() == pytest.approx(total / count / 2, abs=1e-4)
 
 
-def test_learns_where_to_end(seed: int) -> None:
+def test_learns_where_to_end() -> None:
     """Texts of 5 tokens and an end: trained through the head, generation ends there."""
     model = SelfTerminatingHead(EOS, 1e-4).attach(decoder(1.0)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -34,7 +34,9 @@ def brute_force_top_p(scores: Tensor, p: float) -> set[int]:
 def test_kept_set_is_the_usual_one_and_the_end(rule: str, seed: int) -> None:
     ids = torch.zeros(1, 1, dtype=torch.long)
     for _ in range(50):
-        scores = 4 * torch.randn(1, VOCABULARY).round(decimals=1)  # ties are common
+        scores = 4 * torch.randn(1, VOCABULARY, dtype=torch.float64).round(
+            decimals=1
+        )  # ties are common
         if rule == "k":
             k = int(torch.randint(1, VOCABULARY + 3, ()))
             got, want = ConsistentTopK(k, EOS)(ids, scores), brute_force_top_k(scores[0], k)
