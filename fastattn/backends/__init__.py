@@ -81,7 +81,7 @@ class Backend(Protocol):
         grad_S: Tensor | None,
         grad_z: Tensor | None,
     ) -> Gradients:
-        """grad_out: (B, Hq, N, Dv), any strides. grad_S, grad_z: gradients of the returned state."""
+        """grad_out: (B, Hq, N, Dv), any strides. grad_S, grad_z: those of the returned state."""
 
     def step(self, problem: Problem, inputs: Inputs) -> Tensor:
         """One token (N = M = 1): updates inputs.initial_S and initial_z IN PLACE (they are

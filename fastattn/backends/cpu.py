@@ -113,7 +113,7 @@ class CPUBackend:
             heads = (problem.state_batch, problem.num_kv_heads, problem.feature_dim)
             S = torch.empty((*heads, problem.value_dim), dtype=sums)
             z = torch.empty(heads, dtype=sums)
-        # Causal: packed sequences may need fewer states than the bound; the rest is not left to chance.
+        # Packed causal sequences may need fewer states than the bound: the rest is 0, not noise.
         new_saved = torch.zeros if problem.is_causal else torch.empty
         saved = new_saved(self.saved_size(problem), dtype=sums)
         numbers = (*numbers_of(inputs), *strided(out), *state_of(S, z), saved.data_ptr())

@@ -164,7 +164,7 @@ def divide_backward(do: Tensor, num: Tensor, den: Tensor, eps: float) -> tuple[T
 
 
 class Piece(NamedTuple):
-    """Part of a call whose queries and keys see each other: a packed sequence, or all of a batch."""
+    """Part of a call whose queries and keys see each other: a packed sequence, or a batch."""
 
     query_tokens: slice
     key_tokens: slice
@@ -290,6 +290,7 @@ class ReferenceBackend:
             dk[:, :, piece.key_tokens] = gradients.key.to(dk.dtype)
             dv[:, :, piece.key_tokens] = gradients.value.to(dv.dtype)
             if dS0 is not None and dz0 is not None:
+                assert gradients.initial_S is not None and gradients.initial_z is not None
                 dS0[piece.states], dz0[piece.states] = gradients.initial_S, gradients.initial_z
         return Gradients(dq, dk, dv, dS0, dz0)
 

@@ -336,7 +336,7 @@ def _prepare(
         feature_map = feature_map.name
     if not isinstance(feature_map, str):
         if not callable(feature_map):
-            feature_maps.get(feature_map)  # raises
+            raise feature_maps.unknown(feature_map)
         check.check_number("scale", scale)
         query, key = feature_map(query if scale == 1 else query * scale), feature_map(key)
         feature_map, scale = "features", 1.0

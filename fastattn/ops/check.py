@@ -65,7 +65,8 @@ def check_tensors(query: Any, key: Any, value: Any, enable_gqa: bool) -> None:
         )
     if Hk < 1 or Hq < 1 or Hq % Hk:
         raise ValueError(
-            f"query's number of heads must be a multiple of key's, both at least 1; got {Hq} and {Hk}"
+            "query's number of heads must be a multiple of key's, both at least 1; "
+            f"got {Hq} and {Hk}"
         )
 
 

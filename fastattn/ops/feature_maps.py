@@ -147,7 +147,7 @@ class Softmax(FeatureMap):
 
 
 class Cosine(FeatureMap):
-    """[1, x / |x|]: phi(q).phi(k) = 1 + cos(q, k) >= 0. The zero vector has no direction: [1, 0]."""
+    """[1, x / |x|]: phi(q).phi(k) = 1 + cos(q, k) >= 0. The zero vector gives [1, 0]."""
 
     name = "cosine"
 
@@ -218,10 +218,14 @@ def get(name: str) -> FeatureMap:
     try:
         return FEATURE_MAPS[name]
     except (KeyError, TypeError):
-        pass
+        raise unknown(name) from None
+
+
+def unknown(name: object) -> ValueError:
+    """The error for what is no feature map, with the nearest name."""
     near = difflib.get_close_matches(str(name).lower(), FEATURE_MAPS, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(
+    return ValueError(
         f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}, or a module or function "
         f"that gives non-negative features; got {name!r}{hint}"
     )

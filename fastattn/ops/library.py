@@ -11,6 +11,7 @@ An op can't return None, so an absent state or gradient is an empty tensor betwe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -43,6 +44,9 @@ library.define(
     "step(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor(a!) S, Tensor(b!) z, "
     "str feature_map, bool normalize, float scale, float eps, str backend) -> Tensor out"
 )
+forward_op: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+backward_op: Callable[..., tuple[Tensor, ...]]
+step_op: Callable[..., Tensor]
 forward_op = torch.ops.fastattn.forward.default
 backward_op = torch.ops.fastattn.backward.default
 step_op = torch.ops.fastattn.step.default
@@ -196,16 +200,15 @@ class _Forward(torch.autograd.Function):
             grad_S = saved.new_zeros(S_shape) if grad_S is None else grad_S
             grad_z = saved.new_zeros(z_shape) if grad_z is None else grad_z
         gradients = backward_op(saved, grad_out, grad_S, grad_z, *inputs, *ctx.options)
-        query, key, value, initial_S, initial_z = gradients
-        if inputs[-1] is None:
-            initial_S = initial_z = None
+        query, key, value, *states = gradients
+        initial = (None, None) if inputs[-1] is None else tuple(states)
         no_options = (None,) * len(ctx.options)
-        return query, key, value, None, None, None, initial_S, initial_z, *no_options
+        return query, key, value, None, None, None, *initial, *no_options
 
 
 def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _needs_grad(*args[:_NUM_INPUTS]):
-        return _Forward.apply(*args)
+        return _Forward.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
     with below_autograd():
         return forward_op(*args)
 
@@ -249,7 +252,7 @@ class _Backward(torch.autograd.Function):
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
     if _needs_grad(*args[: 4 + _NUM_INPUTS]):
-        return _Backward.apply(*args)
+        return _Backward.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
     with below_autograd():
         return backward_op(*args)
 

@@ -46,7 +46,7 @@ class LinearAttentionState(NamedTuple):
             torch.zeros(leading, dtype=dtype, device=device),
         )
 
-    def __add__(self, other: object) -> LinearAttentionState:  # type: ignore[override]
+    def __add__(self, other: object) -> LinearAttentionState:
         """The state of two stretches of sequence read one after the other (in any order)."""
         if not isinstance(other, LinearAttentionState):
             return NotImplemented

@@ -1,5 +1,8 @@
 """Bad input of every argument: the error names the argument, what was given, what is allowed."""
 
+# One bad call a line reads better than six lines each.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import re
