@@ -11,7 +11,7 @@ DONE := $(VENV)/.done
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean FORCE
+.PHONY: help demo test test-triton bench lint format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,11 @@ demo: $(DONE)/native $(DONE)/model  ## turn a real BERT-style encoder linear, tr
 # threads set their own number.
 test: $(DONE)/native $(DONE)/dev $(DONE)/model  ## run the tests (TEST_ARGS="tests/ops -k causal")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(TEST_ARGS)
+
+# Triton's kernels, run by its interpreter, which has to be on before triton is imported.
+test-triton: $(DONE)/native $(DONE)/dev  ## the tests of the ops on the interpreted Triton kernels
+	TRITON_INTERPRET=1 FASTATTN_TEST_BACKENDS=triton OMP_NUM_THREADS=1 \
+	  $(PY) -m pytest -n $(JOBS) --dist worksteal tests/ops tests/backends/triton
 
 bench: $(DONE)/native  ## measure against other implementations and the machine's limits (BENCH_ARGS="--quick")
 	$(PY) -m bench $(BENCH_ARGS)

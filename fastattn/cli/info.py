@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 VERSIONS = ("torch", "transformers", "triton", "datasets", "accelerate")
@@ -35,8 +36,17 @@ TYPICAL_CALLS: dict[str, dict[str, Any]] = {
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels", help="Compile the Triton kernels for GPUs and show what they cost."
+        ),
+    ] = False,
 ) -> None:
     """Show versions, CPU features, backends, and what backend="auto" picks for typical calls."""
+    if kernels:
+        _print_kernels(as_json)
+        return
     report = collect()
     console = Console()
     if as_json:
@@ -152,3 +162,25 @@ def _calls(report: dict[str, Any]) -> Table:
     for name, answers in report["calls"].items():
         table.add_row(name, *(f"{a['backend']}: {a['kernel']}" for a in answers.values()))
     return table
+
+
+def _print_kernels(as_json: bool) -> None:
+    """Registers, spills and shared memory of every shipped Triton kernel on every GPU."""
+    from dataclasses import asdict
+
+    try:
+        from fastattn.backends.triton import aot
+    except ImportError as error:
+        raise typer.BadParameter(
+            f"Triton is not installed: {error}", param_hint="--kernels"
+        ) from None
+    rows = [asdict(row) for row in track(aot.table(), total=None, description="compiling")]
+    console = Console()
+    if as_json:
+        console.print_json(data=rows)
+        return
+    table = Table("call", "kernel", "GPU", "warps", "registers", "spilled", "shared")
+    for row in rows:
+        numbers = (row["num_warps"], row["registers"], row["spilled"], row["shared"])
+        table.add_row(row["call"], row["kernel"], row["arch"], *map(str, numbers))
+    console.print(table)

@@ -7,7 +7,6 @@ and spills come from the binary: cuobjdump, which Triton's package brings, or AM
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 import tempfile
@@ -195,11 +194,3 @@ def table(archs: tuple[str, ...] = tuple(ARCHS)) -> Iterator[Compiled]:
         for step in steps_of(call):
             for arch in archs:
                 yield measure(call, step, arch)
-
-
-def fingerprint() -> str:
-    """Of the kernels' sources: when it changes, a table kept of them is out of date."""
-    digest = hashlib.sha256(triton.__version__.encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 Tiles were chosen by compiling ahead of time and reading registers and spills from the binaries
 (``fastattn info --kernels``); none was timed yet, see docs/gpu-status.md. How a sum is cut decides
-its bits, so tiles and segments depend on the pass, the head sizes and the type alone. How many heads
+its bits, so tiles and segments depend on the pass, head sizes and type alone. How many heads
 and multiprocessors there are only decides who computes which segment.
 """
 
@@ -23,9 +23,9 @@ TILES: dict[tuple[str, int], dict[int, Tile]] = {
         512: Tile(16, 32, 8, 2),
     },
     ("noncausal forward", 4): {
-        16: Tile(32, 64, 4, 2),
-        32: Tile(32, 64, 4, 2),
-        64: Tile(32, 64, 4, 2),
+        16: Tile(32, 64, 8, 1),
+        32: Tile(32, 64, 8, 1),
+        64: Tile(32, 64, 8, 1),
         128: Tile(32, 64, 8, 2),
         256: Tile(16, 32, 8, 2),
         512: Tile(16, 16, 8, 1),
@@ -35,13 +35,13 @@ TILES: dict[tuple[str, int], dict[int, Tile]] = {
         32: Tile(64, 64, 4, 2),
         64: Tile(32, 64, 8, 2),
         128: Tile(32, 128, 8, 2),
-        256: Tile(32, 32, 8, 2),
+        256: Tile(16, 32, 8, 1),
         512: Tile(16, 16, 8, 1),
     },
     ("noncausal backward", 4): {
-        16: Tile(32, 64, 4, 2),
-        32: Tile(32, 64, 4, 2),
-        64: Tile(32, 64, 4, 2),
+        16: Tile(16, 64, 8, 1),
+        32: Tile(16, 64, 8, 1),
+        64: Tile(16, 64, 8, 1),
         128: Tile(16, 128, 8, 1),
         256: Tile(16, 32, 8, 1),
         512: Tile(16, 16, 8, 1),
@@ -55,9 +55,9 @@ TILES: dict[tuple[str, int], dict[int, Tile]] = {
         512: Tile(16, 16, 8, 1),
     },
     ("causal forward", 4): {
-        16: Tile(32, 64, 4, 2),
-        32: Tile(32, 64, 4, 2),
-        64: Tile(32, 64, 4, 2),
+        16: Tile(16, 64, 8, 1),
+        32: Tile(16, 64, 8, 1),
+        64: Tile(16, 64, 8, 1),
         128: Tile(32, 64, 8, 1),
         256: Tile(16, 32, 8, 1),
         512: Tile(16, 16, 8, 1),
@@ -67,13 +67,13 @@ TILES: dict[tuple[str, int], dict[int, Tile]] = {
         32: Tile(16, 64, 4, 2),
         64: Tile(16, 64, 8, 2),
         128: Tile(16, 128, 8, 2),
-        256: Tile(32, 32, 8, 1),
+        256: Tile(16, 16, 8, 1),
         512: Tile(16, 16, 8, 1),
     },
     ("causal backward", 4): {
-        16: Tile(32, 64, 4, 1),
-        32: Tile(32, 64, 4, 1),
-        64: Tile(32, 64, 8, 1),
+        16: Tile(16, 64, 8, 1),
+        32: Tile(16, 64, 8, 1),
+        64: Tile(16, 64, 8, 1),
         128: Tile(16, 128, 8, 1),
         256: Tile(16, 32, 8, 1),
         512: Tile(16, 16, 8, 1),
