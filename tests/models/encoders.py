@@ -36,6 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Roberta": SIZES,
     "XLMRoberta": SIZES,
 }  # fmt: skip
+DISTINCT = ["Albert", "Bert", "DistilBert", "Electra", "ModernBert", "Roberta"]  # no near-copies
 ABSOLUTE = [name for name in FAMILIES if name != "ModernBert"]
 NUMBERED_FROM_PADDING = ["Camembert", "Data2VecText", "Roberta", "XLMRoberta"]
 

@@ -13,7 +13,7 @@ import fastattn
 from fastattn.models import NAME
 from fastattn.models import attention as attention_module
 from fastattn.models.families import attention_modules
-from tests.models.encoders import ABSOLUTE, FAMILIES, NUMBERED_FROM_PADDING, inputs, make
+from tests.models.encoders import ABSOLUTE, DISTINCT, FAMILIES, NUMBERED_FROM_PADDING, inputs, make
 
 
 def patched(family: str, head: str = "Model", **changes):
@@ -64,7 +64,7 @@ def test_padding_changes_nothing(family: str, side: str) -> None:
     assert (together - softmax).abs().max() > 1e-2  # or nothing was swapped
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_compiles_whole_forward_and_backward(family: str) -> None:
     model = patched(family)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
