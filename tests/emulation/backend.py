@@ -21,14 +21,16 @@ from tests.emulation import build
 class EmulatedBackend(CUDABackend):
     name = "emulated"
     device_type = "cpu"
-    edits: tuple[tuple[str, str, str], ...] = ()
     shared_limit = 227 << 10  # of sm_90
 
     def _load(self) -> Any:
-        library = build.library(self.edits)
+        library = self._emulated_library()
         self._memory = build.memory(library)
         self._memory.emulation_limit_shared_memory(self.shared_limit)
         return library
+
+    def _emulated_library(self) -> Any:
+        return build.library()
 
     def _missing(self) -> str | None:
         return None

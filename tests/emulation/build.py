@@ -37,13 +37,17 @@ _DEVICE = [
 ]
 
 
+Edit = tuple[str, str, str]  # a file in csrc/cuda, text that occurs there once, its replacement
+
+
 @cache
-def library(edits: tuple[tuple[str, str, str], ...] = (), forms: tuple[str, ...] = FORMS) -> Any:
-    """The emulated module. ``edits`` are (file in csrc/cuda, text, replacement): planted faults."""
-    path = build(edits)
-    name = "_cuda_emulated"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+def library(form: str = "", dtype: str = "", edits: tuple[Edit, ...] = ()) -> Any:
+    """The emulated module; with faults planted into the object of one form and dtype if asked."""
+    path = build(f"{form}_{dtype}.o" if edits else "", edits)
+    # A name of its own: pybind11 hands out one module per name.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._cuda_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -56,33 +60,33 @@ def memory(module: Any) -> ctypes.CDLL:
     return functions
 
 
-def build(edits: tuple[tuple[str, str, str], ...] = ()) -> Path:
+def build(edited_object: str = "", edits: tuple[Edit, ...] = ()) -> Path:
+    """Path of the library, compiled if need be; all but the edited object are the sound ones."""
     sources = {
         path.relative_to(ROOT): path.read_text()
         for folder in ("csrc", "csrc/cuda", "tests/emulation", "tests/emulation/include")
         for path in sorted((ROOT / folder).iterdir())
-        if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py") and path.name != "bindings.cpp"
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh") or path == Path(__file__)
     }
-    sources[Path("csrc/cuda/bindings.cpp")] = (ROOT / "csrc/cuda/bindings.cpp").read_text()
     for file, text, replacement in edits:
         key = Path("csrc/cuda") / file
         assert sources[key].count(text) == 1, f"{text!r} must occur once in {file}"
         sources[key] = sources[key].replace(text, replacement)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{sysconfig.get_config_var('SOABI')} {edited_object}".encode())
     for path, text in sources.items():
-        if path.name.startswith("test_") or path.name in ("backend.py", "conftest.py"):
-            continue
         digest.update(f"{path}\0{text}\0".encode())
-    digest.update(sysconfig.get_config_var("SOABI").encode())
     folder = BUILD / digest.hexdigest()[:16]
     result = folder / "_cuda_emulated.so"
+    sound = build().parent if edits else folder
     with _lock():
         if not result.exists():
-            _compile(folder, sources, result)
+            _compile(folder, sources, result, edited_object, sound)
     return result
 
 
-def _compile(folder: Path, sources: Mapping[Path, str], result: Path) -> None:
+def _compile(
+    folder: Path, sources: Mapping[Path, str], result: Path, edited_object: str, sound: Path
+) -> None:
     for path, text in sources.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -105,14 +109,16 @@ def _compile(folder: Path, sources: Mapping[Path, str], result: Path) -> None:
                 str(device / f"{form}.cu"),
             ]
 
-    def run(item: tuple[str, list[str]]) -> None:
-        output, arguments = item
-        _run([compiler, *_COMMON, *includes, *arguments, "-c", "-o", str(folder / output)])
+    def run(name: str) -> None:
+        output = str(folder / name)
+        _run([compiler, *_COMMON, *includes, *commands[name], "-c", "-o", output])
 
+    own = [edited_object] if edited_object else list(commands)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, commands.items()))
+        list(pool.map(run, own))
+    objects = [str((folder if name in own else sound) / name) for name in commands]
     partial = result.with_suffix(".partial")
-    _run([compiler, "-shared", "-o", str(partial), *(str(folder / name) for name in commands)])
+    _run([compiler, "-shared", "-o", str(partial), *objects])
     partial.rename(result)
 
 
