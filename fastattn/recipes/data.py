@@ -58,8 +58,11 @@ def find_files(
     if folder is None and (train is None or dev is None):
         raise DataError("give a data folder with train.* and dev.* files, or both files by name")
     if folder is not None and not folder.is_dir():
-        hint = "; to name single files use --train and --dev" if folder.is_file() else ""
-        raise DataError(f"data folder {folder} is not a folder{hint}")
+        if folder.is_file():
+            raise DataError(
+                f"data folder {folder} is a file; to name single files use --train and --dev"
+            )
+        raise DataError(f"data folder {folder} does not exist")
     return _find(folder, "train", train), _find(folder, "dev", dev)
 
 

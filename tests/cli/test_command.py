@@ -121,7 +121,7 @@ def test_errors_of_compress_and_compare(
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        ({"--data": "gone"}, 3, "gone is not a folder"),
+        ({"--data": "gone"}, 3, "gone does not exist"),
         ({"--train": "bad.tsv"}, 3, "no column 'text'"),
         ({"--dev": "other.tsv"}, 3, "unknown label 'maybe'"),
         ({"--model": "gone"}, 4, "does not exist"),

@@ -118,8 +118,12 @@ def test_unknown_label_in_dev(tmp_path: Path) -> None:
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match="nowhere does not exist"):
         find_files(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="is a file; to name single files use --train and --dev"):
+        find_files(tmp_path / "file")
+    (tmp_path / "file").unlink()
     with pytest.raises(DataError, match="give a data folder"):
         find_files(None, tmp_path / "train.tsv")
     write(tmp_path, train_tsv=TSV, other_txt="x")
