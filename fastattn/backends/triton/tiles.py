@@ -65,6 +65,18 @@ def within(keep, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def convert(tile, TYPE: tl.constexpr):
+    """To another type, to the nearest number: Triton's interpreter cuts bfloat16 off instead."""
+    if INTERPRETED:
+        if TYPE == tl.bfloat16:
+            wide = tile.to(tl.float32)
+            bits = wide.to(tl.int32, bitcast=True)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+            tile = tl.where(wide == wide, nearest, wide)
+    return tile.to(TYPE)
+
+
+@triton.jit
 def load_tile(
     row, rows, columns, keep, stride_n, stride_d,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
@@ -81,7 +93,7 @@ def store_tile(
 ):  # fmt: skip
     offsets = tile_offsets(rows, columns, stride_n, stride_d, UNIT)
     mask = within(keep, columns, SIZE, BLOCK)
-    tl.store(row + offsets, tile.to(row.dtype.element_ty), mask=mask)
+    tl.store(row + offsets, convert(tile, row.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -118,8 +130,8 @@ def keys_kept(mask, batch, token, rows, in_range, stride_b, stride_n, HAS_MASK: 
 def operand(tile, OPERAND: tl.constexpr):
     """A tile as the matrix units take it: bfloat16 for bfloat16 inputs, else float32."""
     if INTERPRETED:
-        return tile.to(OPERAND).to(tl.float32)
-    return tile.to(OPERAND)
+        return convert(tile, OPERAND).to(tl.float32)
+    return convert(tile, OPERAND)
 
 
 @triton.jit
