@@ -67,12 +67,11 @@ def within(keep, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def convert(tile, TYPE: tl.constexpr):
     """To another type, to the nearest number: Triton's interpreter cuts bfloat16 off instead."""
-    if INTERPRETED:
-        if TYPE == tl.bfloat16:
-            wide = tile.to(tl.float32)
-            bits = wide.to(tl.int32, bitcast=True)
-            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-            tile = tl.where(wide == wide, nearest, wide)
+    if INTERPRETED and TYPE == tl.bfloat16:  # noqa: SIM300
+        wide = tile.to(tl.float32)
+        bits = wide.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        tile = tl.where(wide == wide, nearest, wide)
     return tile.to(TYPE)
 
 
