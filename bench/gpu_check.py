@@ -1,0 +1,86 @@
+"""``python -m bench.gpu_check``: small calls on the GPU against the float64 reference.
+
+Short enough for compute-sanitizer; the first thing to run on a GPU that has not seen the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import LinearAttentionState, feature_maps, linear_attention
+
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def results(
+    tensors: list[Tensor], do: Tensor, backend: str, options: dict[str, Any]
+) -> list[Tensor]:
+    """Output, final state where there is one, and gradients."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    query, key, value, S, z = leaves
+    given: dict[str, Any] = {}
+    if options["return_state"]:
+        given["initial_state"] = LinearAttentionState(S, z)
+    returned = linear_attention(
+        query, key, value, backend=backend, enable_gqa=True, **given, **options
+    )
+    out, state = returned if options["return_state"] else (returned, ())
+    wanted = leaves if options["return_state"] else leaves[:3]
+    loss = (out * do.to(out)).sum() + sum(x.sum() for x in state)
+    return [x.detach() for x in (out, *state, *torch.autograd.grad(loss, wanted))]
+
+
+def check(backend: str, device: str) -> int:
+    """Prints what is wrong, returns how many calls were."""
+    wrong = 0
+    for dtype, bound in BOUNDS.items():
+        for name in feature_maps.names():
+            phi = feature_maps.get(name)
+            for is_causal in (False, True) if phi.is_separable else (False,):
+                for length, dim in ((70, 64), (600, 24), (90, 128)):
+                    options: dict[str, Any] = {
+                        "feature_map": name,
+                        "is_causal": is_causal,
+                        "normalize": phi.is_nonnegative,
+                        "return_state": phi.is_separable,
+                    }
+                    features = phi.num_features(dim)
+                    q, k, v = (torch.randn(2, heads, length, dim) for heads in (4, 2, 2))
+                    if name in ("features", "relu"):
+                        q, k = q.abs() + 0.1, k.abs() + 0.1
+                    z = torch.zeros(2, 2, features)
+                    tensors = [*(x.to(dtype) for x in (q, k, v)), torch.zeros(*z.shape, dim), z]
+                    do = torch.randn(2, 4, length, dim).to(dtype)
+                    ours = results([x.to(device) for x in tensors], do.to(device), backend, options)
+                    right = results(
+                        [x.double() for x in tensors], do.double(), "reference", options
+                    )
+                    errors = [
+                        float((a.cpu().double() - b).norm() / (b.norm() + 0.01 * b.numel() ** 0.5))
+                        for a, b in zip(ours, right, strict=True)
+                    ]
+                    if not max(errors) <= bound:
+                        wrong += 1
+                        shape = f"N={length} D={dim}"
+                        kind = "causal" if is_causal else "full"
+                        print(backend, dtype, name, kind, shape, errors)
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="cuda")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    wrong = check(args.backend, args.device)
+    print(f"{wrong} calls are wrong" if wrong else "every call agrees with the reference")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
