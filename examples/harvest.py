@@ -44,7 +44,7 @@ class Text:
 
 
 def harvest(
-    train_rows: int = 96, dev_rows: int = 16, long_share: float = 0.18
+    train_rows: int = 76, dev_rows: int = 14, long_share: float = 0.18
 ) -> dict[str, list[Text]]:
     """``{"train": [...], "dev": [...]}`` with at most so many texts of each subpackage.
 
