@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=700, help="of training, for each model")
     parser.add_argument("--contexts", type=int, default=100)
+    parser.add_argument("--scored", type=int, default=2000, help="validation texts for perplexity")
     parser.add_argument("--length", type=int, default=1000, help="tokens to wait for the end")
     parser.add_argument("--epsilon", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -57,7 +58,7 @@ def main() -> None:
         if kind != "softmax":
             SelfTerminatingHead(EOS, options.epsilon, kind).attach(model)
         train(model, words, options.steps, kind)
-        perplexity = f"{evaluate(model, valid):.1f}"
+        perplexity = f"{evaluate(model, valid[: options.scored]):.1f}"
         ways = {"greedy": {}}
         if kind == "softmax":
             sampled = {"do_sample": True, "top_k": 0}
