@@ -263,11 +263,12 @@ __global__ void key_gradient_kernel(const __grid_constant__ Call c, float* total
   float *maxima = t.columns, *column_sums = t.columns + n.feature_width;
   if (c.p.feature_map == FeatureMap::efficient) {
     __syncthreads();
-    // sum_j phi(k_j) dphi(k_j) = rows of dS . rows of S; dz is 0.
+    // sum_j phi(k_j) dphi(k_j) = rows of dS . rows of S; dz is 0. It is subtracted from dphi(k_j),
+    // and cancels with it where a key stands alone, so dS is rounded as in the product below.
     const float* saved = static_cast<const float*>(c.a.saved) + index * saved_stride;
     for (int f = threadIdx.x; f < n.features; f += blockDim.x) {
       float sum = 0;
-      for (int v = 0; v < n.values; ++v) sum += t.gradient.S.row(f)[v] * saved[f * n.values + v];
+      for (int v = 0; v < n.values; ++v) sum += Arithmetic<T>::rounded(t.gradient.S.row(f)[v]) * saved[f * n.values + v];
       column_sums[f] = sum;
       t.state.z[f] = saved[n.features * n.values + f];
       maxima[f] = saved[c.p.state_size() + f];

@@ -151,6 +151,10 @@ struct Bf16Products {
   static __device__ __forceinline__ void multiply(float (&c)[4], const A& a, const B& b) {
     mma_bf16(c, a.x, b.x);
   }
+  // A number as a product sees it.
+  static __device__ __forceinline__ float rounded(float x) {
+    return to_float(from_float<Bf16>(x));
+  }
 };
 
 // Exact: x = high + low to 22 bits, and the product of two low parts is below float32's last bit.
@@ -165,6 +169,9 @@ struct Tf32Products {
     uint32_t high[2], low[2];
   };
 
+  static __device__ __forceinline__ float rounded(float x) {
+    return Exact ? x : bits_as_float(round_to_tf32(x));
+  }
   static __device__ __forceinline__ void split(float x, uint32_t& high, uint32_t& low) {
     high = round_to_tf32(x);
     low = Exact ? round_to_tf32(x - bits_as_float(high)) : 0;

@@ -15,8 +15,6 @@ from fastattn import backends
 HERE = Path(__file__).parent
 MAX_DIM = 128
 
-os.environ.setdefault("FASTATTN_TEST_EXAMPLES", "40")
-
 
 @pytest.fixture(autouse=True)
 def _poisoned(poison: None, seed: int) -> None:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import inspect
 from types import ModuleType
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.ops import (
     test_accuracy,
@@ -37,10 +41,25 @@ LEFT_OUT = {
 }
 
 
+def fewer_examples(function: Any) -> Any:
+    """A test of random problems with fewer of them, and the same ones on every run."""
+    test = given(case=test_random_problems.cases(), numbers=st.integers(0, 2**31))(
+        function.hypothesis.inner_test
+    )
+    test.pytestmark = getattr(function, "pytestmark", [])
+    return settings(
+        max_examples=40,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )(test)
+
+
 def backend_tests(module: ModuleType) -> dict[str, object]:
     """Test functions whose fixtures are a backend, what they are parametrised with, no more."""
     return {
-        name: function
+        name: fewer_examples(function) if hasattr(function, "hypothesis") else function
         for name, function in vars(module).items()
         if name.startswith("test_")
         and inspect.isfunction(function)
