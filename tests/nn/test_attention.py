@@ -342,6 +342,7 @@ def test_compiles_whole(feature_map: str, dynamic: bool) -> None:
 
 
 def test_autocast_and_other_types() -> None:
+    torch.manual_seed(0)  # how far rounding carries depends on the numbers
     x = torch.randn(B, N, E)
     for feature_map in ("elu", "hedgehog", "t2r", "performer"):
         module = make(feature_map=feature_map)
