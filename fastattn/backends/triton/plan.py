@@ -270,7 +270,7 @@ def _causal_forward(p: Problem, target: Target) -> Plan:
     )  # fmt: skip
     planner.step(
         *(causal.forward, (programs, s.value_tiles)),
-        {"start_S": parts["S"], "start_z": parts["z"]},
+        {"start_S": parts["S"], "start_z": parts["z"], "end_S": "S", "end_z": "z"},
         HAS_START=True,
         SPLIT=True,
         SAVE=False,
