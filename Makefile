@@ -23,8 +23,8 @@ demo: $(DONE)/native $(DONE)/model  ## turn a real BERT-style encoder linear, tr
 # threads set their own number.
 test: $(DONE)/native $(DONE)/dev $(DONE)/model  ## run the tests (TEST_ARGS="tests/ops -k causal")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(TEST_ARGS)
-	$(if $(TEST_ARGS),,$(INTERPRETED) tests/ops/test_accuracy.py tests/ops/test_masks.py \
-	  -k "test_feature_maps or grouped or forms or packed or (16_bit_is and elu)")
+	$(if $(TEST_ARGS),,$(INTERPRETED) tests/backends/triton tests/ops/test_accuracy.py tests/ops/test_masks.py \
+	  -k "test_feature_maps or grouped or forms or packed or few_and_many or (16_bit_is and elu)")
 
 # Triton's kernels, run by its interpreter, which has to be on before triton is imported.
 INTERPRETED := TRITON_INTERPRET=1 FASTATTN_TEST_BACKENDS=triton OMP_NUM_THREADS=1 \
