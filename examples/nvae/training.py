@@ -1,0 +1,134 @@
+"""What is minimised, and the loop that does it, for the deep VAE and for its baselines alike.
+
+The bound alone leaves most groups of latents unused: the warm-up lets them be used before they
+cost anything, and the balancing keeps one scale from starving the others meanwhile (NVAE,
+section 3.2 and appendix A).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from examples.nvae.data import Images, binarise
+from fastattn.recipes.progress import progress
+
+WARM_UP_SHARE, WARM_UP_FLOOR = 0.3, 1e-4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained. The learning rate falls along a cosine to a hundredth."""
+
+    steps: int
+    batch_size: int = 100
+    learning_rate: float = 1e-2
+    weight_decay: float = 3e-4
+    warm_up_steps: int = 50
+    spectral: float = 1e-2
+    average: float = 0.99  # of the weights that are kept, from step to step
+    seed: int = 0
+
+
+def kl_coefficient(step: int, steps: int) -> float:
+    """Rises linearly from 1e-4 to 1 over the first 30 % of the steps."""
+    return max(min(step / (WARM_UP_SHARE * steps), 1.0), WARM_UP_FLOOR)
+
+
+def balance(kl: Tensor, group_sizes: list[tuple[int, int]], coefficient: float) -> Tensor:
+    """The KL term (B,): ``coefficient`` times the sum over groups of ``kl`` (L, B), balanced.
+
+    While ``coefficient`` < 1, a group counts in proportion to its mean KL and inversely to its
+    share of the latents of all scales, so that groups that carry little are charged little.
+    The factors average to 1 and have no gradient.
+    """
+    if coefficient >= 1:
+        return kl.sum(0)
+    share = kl.new_tensor([max(size**2 / groups, 1.0) for size, groups in group_sizes])
+    factors = (kl.detach().mean(1).abs() + 0.01) / (share / share.min())
+    factors = factors / factors.mean()
+    return coefficient * (factors[:, None] * kl).sum(0)
+
+
+def batches(images: Images, batch_size: int, steps: int) -> Iterator[Tensor]:
+    """``steps`` batches of training images (uint8) in a fresh order each epoch; the last, smaller
+    batch of an epoch is left out."""
+    size = min(batch_size, len(images.train))
+    done = 0
+    while True:
+        order = torch.randperm(len(images.train))
+        for rows in order[: len(order) // size * size].split(size):
+            if done == steps:
+                return
+            done += 1
+            yield images.train[rows]
+
+
+def pixels(batch: Tensor, images: Images, binary: bool) -> Tensor:
+    """What the network sees of a batch: a draw of binary pixels, or the grey levels."""
+    return binarise(batch, images.levels) if binary else batch.float()
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[Tensor, int], tuple[Tensor, float]],
+    images: Images,
+    settings: Settings,
+    binary: bool,
+    description: str,
+) -> nn.Module:
+    """Trains ``model`` and returns the running average of it, in evaluation mode.
+
+    Args:
+        loss: (pixels, step) to (what to minimise, the bound in nats for the display).
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    torch.manual_seed(settings.seed)
+    optimizer = torch.optim.Adamax(
+        model.parameters(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        eps=1e-3,
+    )
+    average = copy.deepcopy(model).eval()
+    model.train()
+    shown = math.nan
+    with progress(description, settings.steps) as advance:
+        for step, batch in enumerate(batches(images, settings.batch_size, settings.steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, settings)
+            total, bound = loss(pixels(batch, images, binary), step)
+            if not math.isfinite(bound):
+                raise FloatingPointError(f"the loss is {bound} at step {step}")
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 200.0)
+            optimizer.step()
+            update_average(average, model, settings.average, step)
+            shown = bound if math.isnan(shown) else 0.98 * shown + 0.02 * bound
+            advance(1, f"{shown:.2f} nats")
+    return average
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    if step < settings.warm_up_steps:
+        return settings.learning_rate * (step + 1) / settings.warm_up_steps
+    done = (step - settings.warm_up_steps) / max(1, settings.steps - settings.warm_up_steps)
+    low = settings.learning_rate / 100
+    return low + (settings.learning_rate - low) * (1 + math.cos(math.pi * done)) / 2
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Weights and batch statistics; the first steps count less, because they are far off."""
+    decay = min(decay, (1 + step) / (10 + step))
+    kept = [t for t in average.state_dict().values() if t.is_floating_point()]
+    new = [t for t in model.state_dict().values() if t.is_floating_point()]
+    torch._foreach_lerp_(kept, new, 1 - decay)
