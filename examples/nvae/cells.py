@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fastattn
 
@@ -21,19 +20,15 @@ def norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-5, momentum=0.05)
 
 
-class Swish(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x)
-
-
 class SqueezeExcite(nn.Module):
-    """Each channel times a gate that has seen the whole image."""
+    """Each channel times a gate that has seen the whole image. Hu et al. 2017, but Swish for ReLU:
+    of four hidden units too many would be dead from the start."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = max(channels // 16, 4)
         self.gate = nn.Sequential(
-            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid()
+            nn.Linear(channels, hidden), nn.SiLU(), nn.Linear(hidden, channels), nn.Sigmoid()
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,10 +89,10 @@ class EncoderCell(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             norm(channels),
-            Swish(),
+            nn.SiLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
             norm(channels),
-            Swish(),
+            nn.SiLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
             SqueezeExcite(channels),
         )
@@ -117,10 +112,10 @@ class DecoderCell(nn.Module):
             norm(channels),
             nn.Conv2d(channels, wide, 1, bias=False),
             norm(wide),
-            Swish(),
+            nn.SiLU(),
             make_mixer(mixer, wide, size),
             norm(wide),
-            Swish(),
+            nn.SiLU(),
             nn.Conv2d(wide, channels, 1, bias=False),
             norm(channels),
             SqueezeExcite(channels),
@@ -134,7 +129,9 @@ class Down(nn.Sequential):
     """Half the size: the four pixels of a square become channels, then a 1x1 convolution."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(nn.PixelUnshuffle(2), Swish(), nn.Conv2d(4 * channels_in, channels_out, 1))
+        super().__init__(
+            nn.PixelUnshuffle(2), nn.SiLU(), nn.Conv2d(4 * channels_in, channels_out, 1)
+        )
 
 
 class Up(nn.Sequential):

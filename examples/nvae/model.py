@@ -25,13 +25,13 @@ class Shape:
     size: int
     image_channels: int = 1
     levels: int = 2  # 2: Bernoulli pixels; else the grey levels of a logistic mixture
-    channels: int = 32  # at full resolution; doubled at each halving up to max_channels
-    max_channels: int = 64
+    channels: int = 16  # at full resolution; doubled at each halving up to max_channels
+    max_channels: int = 32
     latent_channels: int = 8
     halvings: int = 1  # between the image and the finest scale of latents
     groups: tuple[int, ...] = (2, 2)
     cells: int = 1  # per group, and before and after the towers
-    expand: int = 4
+    expand: int = 2  # how many times wider a cell of the writer is inside
     mixer: str = "attention"
     flow: bool = False
 

@@ -1,0 +1,226 @@
+"""``python -m examples.nvae``: train, measure, compare and draw."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from examples.nvae.baselines import PlainVAE, factorised_nats
+from examples.nvae.cells import MIXERS
+from examples.nvae.data import DataError, Images, load
+from examples.nvae.evaluate import SAMPLES, Nats, evaluate
+from examples.nvae.exact import SpectralRegulariser
+from examples.nvae.model import NVAE, Shape, reestimate_batch_norm
+from examples.nvae.picture import draw
+from examples.nvae.training import Settings, balance, fit, kl_coefficient
+
+console = Console()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    start = time.monotonic()
+    torch.manual_seed(options.seed)
+    try:
+        images = load(options.data, options.size, options.split)
+        shape = shape_for(images, options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    binary = shape.levels == 2
+    say(
+        f"{images.name}: {len(images.train)} images for training and {len(images.test)} for "
+        f"testing, {images.channels} x {images.size} x {images.size}, "
+        f"{'binary draws of ' if binary else ''}{images.levels} grey levels"
+    )
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    model = NVAE(shape)
+    say(f"NVAE with {shape.mixer}: {count(model):,} parameters, {sum(shape.groups)} groups")
+    curve: list[tuple[int, float]] = []
+    model = train_nvae(model, images, settings_for(options), curve)
+    torch.save(model.state_dict(), options.output / "nvae.pt")
+    results = {f"NVAE, {shape.mixer}": (count(model), measure(model, images, binary, options))}
+    if binary:
+        plain = train_plain(images, options)
+        results["plain VAE"] = (count(plain), measure(plain, images, binary, options))
+    report(images, results, options.output / "report.json", shape)
+
+    reestimate_batch_norm(model, options.temperature)
+    path = options.output / "nvae.png"
+    nats = results[f"NVAE, {shape.mixer}"][1]
+    title = f"NVAE with {shape.mixer} on {images.name}: bound {nats.bound:.2f} nats"
+    draw(model, images, binary, options.temperature, curve, title, path)
+    say(f"picture: {path}")
+    say(f"{(time.monotonic() - start) / 60:.1f} minutes")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.nvae",
+        description="Train a deep hierarchical VAE with linear attention, and measure it in nats.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, help="MNIST-format file, folder of such files, or of images; "
+        "scikit-learn's digits if not given")  # fmt: skip
+    add("--size", type=int, help="height and width to bring the images of a folder to")
+    add("--output", type=Path, default=Path("out/nvae"), help="folder for picture and report")
+    add("--mixer", choices=MIXERS, default="attention", help="how pixels exchange information")
+    add("--likelihood", choices=("bernoulli", "logistic"), default=None,
+        help="binary draws of the pixels, or their grey levels by a mixture of logistics; "
+        "bernoulli for one channel, logistic for colour, if not given")  # fmt: skip
+    add("--flow", action="store_true", help="inverse autoregressive flow in the posteriors")
+    add("--groups", type=numbers, default=(2, 2), help="groups of latents by scale, coarsest first")
+    add("--channels", type=int, default=16, help="at full resolution")
+    add("--latents", type=int, default=8, help="channels of a group of latents")
+    add("--cells", type=int, default=1, help="residual cells per group")
+    add("--steps", type=int, default=4000, help="of training")
+    add("--plain-steps", type=int, default=8000, help="of training, for the plain VAE")
+    add("--batch-size", type=int, default=100)
+    add("--learning-rate", type=float, default=1e-2)
+    add("--spectral", type=float, default=1e-3, help="weight of the spectral regulariser")
+    add("--samples", type=int, default=SAMPLES, help="importance samples per test image")
+    add("--temperature", type=float, default=0.8, help="of the samples in the picture")
+    add("--seed", type=int, default=0, help="of weights and noise")
+    add("--split", type=int, default=0, help="seed of the split into training and test images")
+    options = parser.parse_args(arguments)
+    for name in ("channels", "latents", "cells", "steps", "plain_steps", "batch_size", "samples"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("learning_rate", "temperature"):
+        if not getattr(options, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive")
+    return options
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive numbers such as 2,2")
+    return found
+
+
+def shape_for(images: Images, options: argparse.Namespace) -> Shape:
+    likelihood = options.likelihood or ("bernoulli" if images.channels == 1 else "logistic")
+    if likelihood == "bernoulli" and images.channels != 1:
+        raise DataError("--likelihood bernoulli is for images of one channel; these are in colour")
+    return Shape(
+        size=images.size,
+        image_channels=images.channels,
+        levels=2 if likelihood == "bernoulli" else images.levels,
+        channels=options.channels,
+        max_channels=4 * options.channels if images.size > 8 else 2 * options.channels,
+        latent_channels=options.latents,
+        groups=options.groups,
+        cells=options.cells,
+        mixer=options.mixer,
+        flow=options.flow,
+    )
+
+
+def settings_for(options: argparse.Namespace) -> Settings:
+    return Settings(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        spectral=options.spectral,
+        seed=options.seed,
+    )
+
+
+def train_nvae(
+    model: NVAE, images: Images, settings: Settings, curve: list[tuple[int, float]]
+) -> NVAE:
+    """The running average of the trained model; ``curve`` gets (step, mean bound) now and then."""
+    regulariser = SpectralRegulariser(model)
+    sizes = model.group_sizes()
+    every, recent = max(1, settings.steps // 100), []
+
+    def loss(x: Tensor, step: int) -> tuple[Tensor, float]:
+        said = model.encode(x)
+        misfit = -said.likelihood.log_prob(x)
+        kl = balance(said.kl, sizes, kl_coefficient(step, settings.steps))
+        total = (misfit + kl).mean() + settings.spectral * regulariser()
+        bound = float((misfit + said.kl.sum(0)).detach().mean())
+        recent.append(bound)
+        if len(recent) == every:
+            curve.append((step + 1, sum(recent) / every))
+            recent.clear()
+        return total, bound
+
+    return fit(model, loss, images, settings, model.shape.levels == 2, "Training NVAE")
+
+
+def train_plain(images: Images, options: argparse.Namespace) -> PlainVAE:
+    model = PlainVAE(images.channels, images.size)
+    settings = Settings(
+        steps=options.plain_steps,
+        batch_size=options.batch_size,
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        seed=options.seed,
+    )
+
+    def loss(x: Tensor, step: int) -> tuple[Tensor, float]:
+        said = model.encode(x)
+        misfit = -said.likelihood.log_prob(x)
+        coefficient = kl_coefficient(step, settings.steps)
+        bound = float((misfit + said.kl[0]).detach().mean())
+        return (misfit + coefficient * said.kl[0]).mean(), bound
+
+    return fit(model, loss, images, settings, True, "Training plain VAE")
+
+
+def measure(
+    model: NVAE | PlainVAE, images: Images, binary: bool, options: argparse.Namespace
+) -> Nats:
+    return evaluate(model.encode, images, binary, options.samples)
+
+
+def report(images: Images, results: dict[str, tuple[int, Nats]], path: Path, shape: Shape) -> None:
+    samples = "importance-weighted"
+    table = Table(title=f"Nats per test image of {images.name}")
+    for column in ("model", "parameters", "bound", samples, "KL by group, coarsest first"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    if shape.levels == 2:
+        table.add_row("independent pixels", f"{images.size**2}", f"{factorised_nats(images):.2f}")
+    for name, (parameters, nats) in results.items():
+        table.add_row(
+            name,
+            f"{parameters:,}",
+            f"{nats.bound:.2f} +- {nats.error:.2f}",
+            f"{nats.likelihood:.2f}",
+            " ".join(f"{kl:.1f}" for kl in nats.kl),
+        )
+    console.print(table)
+    content = {
+        "data": images.name,
+        "shape": asdict(shape),
+        "factorised": factorised_nats(images) if shape.levels == 2 else None,
+        "models": {n: {"parameters": p, **asdict(nats)} for n, (p, nats) in results.items()},
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
