@@ -129,8 +129,16 @@ def test_the_command_on_digits(tmp_path: Path) -> None:
 def test_the_command_on_coloured_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image_folder(tmp_path / "images", "RGB")
     main(
-        ["--data", str(tmp_path / "images"), "--output", str(tmp_path / "out"), "--mixer", "conv"]
-        + ["--flow", *QUICK]
+        [
+            "--data",
+            str(tmp_path / "images"),
+            "--output",
+            str(tmp_path / "out"),
+            "--mixer",
+            "conv",
+            "--flow",
+            *QUICK,
+        ]
     )
     out = capsys.readouterr().out
     assert "3 x 16 x 16, 256 grey levels" in out and "plain VAE" not in out
