@@ -86,7 +86,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=4000, help="of training")
     add("--plain-steps", type=int, default=8000, help="of training, for the plain VAE")
     add("--batch-size", type=int, default=100)
-    add("--learning-rate", type=float, default=1e-2)
+    add("--learning-rate", type=float, default=2e-2)
     add("--spectral", type=float, default=1e-3, help="weight of the spectral regulariser")
     add("--samples", type=int, default=SAMPLES, help="importance samples per test image")
     add("--temperature", type=float, default=0.8, help="of the samples in the picture")
