@@ -1,8 +1,9 @@
 """The residual cells, and the two ways in which a cell's pixels exchange what they know.
 
 A cell adds a part of what it computes to what it gets, so that at the start a deep stack of them
-is close to nothing at all (the paper: a tenth; with a few cells a half learns faster). Source: Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational
-Autoencoder", 2020, https://arxiv.org/abs/2007.03898, section 3.1.
+is close to nothing at all. The paper adds a tenth; with few cells a half learns faster. Source:
+Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", 2020,
+https://arxiv.org/abs/2007.03898, section 3.1.
 """
 
 from __future__ import annotations
