@@ -44,7 +44,7 @@ class LinearAttention2d(nn.Module):
     which linear attention is weak (Han et al., "FLatten Transformer", 2023, pair them as well).
 
     Linear attention has no order of its own, so queries and keys get a learned vector for each row
-    and each column. In channels-last memory no tensor is copied on the way to the kernel and back.
+    and each column.
     """
 
     def __init__(self, channels: int, size: int, head_size: int = 16) -> None:
