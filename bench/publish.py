@@ -59,8 +59,9 @@ def summary(result: dict[str, Any]) -> str:
 def where(result: dict[str, Any]) -> str:
     """Machine, limits, versions and date in a sentence."""
     machine, limits = result["machine"], result["limits"]
+    run = "Measured in a quick run" if result["settings"]["quick"] else "Measured"
     return (
-        f"Measured {machine['when'][:10]} on {machine['cores']} cores of an {machine['processor']} "
+        f"{run} on {machine['when'][:10]}, {machine['cores']} cores of an {machine['processor']} "
         f"({machine['isa']}; {limits['gflops']:.0f} GFLOP/s multiply-add and "
         f"{limits['gbs']:.0f} GB/s copy, measured in the same run), "
         f"torch {machine['versions'].get('torch')}, fastattn at {machine['commit']}."
