@@ -77,7 +77,7 @@ def compress(
             f"{feature_map!r} is not one of {', '.join(FEATURE_MAPS)}", param_hint="--feature-map"
         )
     chosen_lengths = options.numbers(lengths, "--lengths")
-    with exit_codes():
+    with exit_codes(resumes=True):
         from fastattn.recipes.compress import CompressArguments
         from fastattn.recipes.compress import compress as run
         from fastattn.recipes.data import find_files

@@ -65,7 +65,7 @@ def linearize(
         )
     chosen_layers = options.numbers(layers, "--layers")
     chosen_lengths = options.numbers(lengths, "--lengths")
-    with exit_codes():
+    with exit_codes(resumes=True):
         from fastattn.recipes.data import find_files
         from fastattn.recipes.linearize import Arguments
         from fastattn.recipes.linearize import linearize as run
