@@ -59,6 +59,7 @@ def main() -> None:
             SelfTerminatingHead(EOS, options.epsilon, kind).attach(model)
         train(model, words, options.steps, kind)
         perplexity = f"{evaluate(model, valid[: options.scored]):.1f}"
+        console.print(f"{kind}: perplexity {perplexity}", highlight=False)
         ways = {"greedy": {}}
         if kind == "softmax":
             sampled = {"do_sample": True, "top_k": 0}
@@ -77,8 +78,9 @@ def main() -> None:
             lengths = decode(model, contexts, options.length, how)
             ended = [length for length in lengths if length is not None]
             share = f"{100 * (1 - len(ended) / len(lengths)):.1f} %"
-            table.add_row(kind, perplexity, way, share, str(max(ended, default=0)))
-            console.print(f"{kind}, {way}: {share}", highlight=False)
+            longest = str(max(ended, default=0))
+            table.add_row(kind, perplexity, way, share, longest)
+            console.print(f"{kind}, {way}: {share}, longest {longest}", highlight=False)
     console.print(table)
 
 

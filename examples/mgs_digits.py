@@ -105,12 +105,11 @@ def best_threshold(model: nn.Module, train: Split) -> float:
 
 METHODS: dict[str, dict[str, object] | None] = {
     "MLE, more steps": None,
-    "MGS, K=4, noise 1 x gradient": {"candidates": 4, "noise": 1.0},
-    "MGS, K=4, noise 0.05": {"candidates": 4, "noise": 0.05, "noise_unit": "absolute"},
-    "MGS, K=16, noise 0.05": {"candidates": 16, "noise": 0.05, "noise_unit": "absolute"},
-    "MGS, K=16, noise 0.05, exact density": {
-        "candidates": 16, "noise": 0.05, "noise_unit": "absolute", "density": "exact",
-    },
+    "MGS with its defaults": {},
+    "MGS, 16 candidates": {"candidates": 16},
+    "MGS, 16 candidates, exact density": {"candidates": 16, "density": "exact"},
+    "MGS, noise 1 x gradient (the authors')": {"noise": 1.0, "noise_unit": "gradient"},
+    "MGS, noise 0.05, absolute": {"noise": 0.05, "noise_unit": "absolute"},
 }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 Metric = Callable[[nn.Module, Batch], float]
 
 DENSITIES = ("unit", "none", "exact")
-NOISE_UNITS = ("gradient", "absolute")
+NOISE_UNITS = ("parameter", "gradient", "absolute")
 FEWEST_EFFECTIVE_SAMPLES = 1.5
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ def mgs_step(
     *,
     candidates: int = 4,
     beta: float = 100.0,
-    noise: float = 1.0,
-    noise_unit: str = "gradient",
+    noise: float = 0.05,
+    noise_unit: str = "parameter",
     density: str = "unit",
     max_norm: float | None = 1.0,
     seed: int | None = None,
@@ -80,8 +80,10 @@ def mgs_step(
         candidates: how many changes of the parameters are tried.
         beta: how sharply a better metric counts: a candidate that gains 1 / beta counts e times.
         noise: standard deviation of the changes, in ``noise_unit``s.
-        noise_unit: "gradient": of each tensor, the mean of its |gradient| (the authors' choice);
-            "absolute": the same for all.
+        noise_unit: "parameter": of each tensor, the root mean square of its values, so that what
+            is tried is as different at the end of training as at the start, and a tensor of zeros
+            goes with the gradient alone; "gradient": the mean of its |gradient| (the authors'
+            choice), which vanishes where the loss has converged; "absolute": the same for all.
         density: how q enters the weights. "unit": with a variance of 1, as in the authors' code,
             which tempers it; "none": not at all; "exact": as above, right but of use in a few
             dimensions only, because in many one candidate gets all the weight.
@@ -115,8 +117,8 @@ def search(
     *,
     candidates: int = 4,
     beta: float = 100.0,
-    noise: float = 1.0,
-    noise_unit: str = "gradient",
+    noise: float = 0.05,
+    noise_unit: str = "parameter",
     density: str = "unit",
     seed: int | None = None,
 ) -> SearchStep:
@@ -127,7 +129,7 @@ def search(
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         raise ValueError("no parameter of model has a gradient: nothing to search around")
-    scales = [noise * _mean_magnitude(g) if noise_unit == "gradient" else noise for g in gradients]
+    scales = [noise * _unit(noise_unit, p, g) for p, g in zip(parameters, gradients)]
     if not all(map(math.isfinite, scales)) or not all(bool(g.isfinite().all()) for g in gradients):
         raise ValueError("the gradients are not finite")
     seeds = _seeds(seed, candidates)
@@ -209,9 +211,13 @@ def _check(candidates: int, beta: float, noise: float, noise_unit: str, density:
         raise ValueError(f"density must be one of {', '.join(DENSITIES)}; got {density!r}")
 
 
-def _mean_magnitude(gradient: Tensor) -> float:
+def _unit(noise_unit: str, parameter: Tensor, gradient: Tensor) -> float:
+    if noise_unit == "absolute" or not parameter.numel():
+        return 1.0
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return float(gradient.abs().mean(dtype=dtype)) if gradient.numel() else 0.0
+    if noise_unit == "gradient":
+        return float(gradient.abs().mean(dtype=dtype))
+    return float(parameter.detach().to(dtype).square().mean().sqrt())
 
 
 def _number(value: float) -> float:

@@ -94,7 +94,7 @@ def test_unit_density_gives_a_damped_gradient_step() -> None:
 
 @few
 @pytest.mark.parametrize("density", ["unit", "none", "exact"])
-@pytest.mark.parametrize("noise_unit", ["gradient", "absolute"])
+@pytest.mark.parametrize("noise_unit", ["parameter", "gradient", "absolute"])
 def test_the_update_is_the_weighted_mean_of_what_was_tried(density: str, noise_unit: str) -> None:
     """Against the changes that the metric itself saw, and q written out with distributions."""
     torch.manual_seed(0)
@@ -115,10 +115,12 @@ def test_the_update_is_the_weighted_mean_of_what_was_tried(density: str, noise_u
         density=density, seed=1,
     )  # fmt: skip
     assert not any(d.any() for d in tried[0])
-    scales = [
-        torch.full_like(g, noise * float(g.abs().mean()) if noise_unit == "gradient" else noise)
-        for g in gradients
-    ]
+    units = {
+        "parameter": [w.square().mean().sqrt() for w in start],
+        "gradient": [g.abs().mean() for g in gradients],
+        "absolute": [torch.ones((), dtype=torch.float64) for _ in gradients],
+    }
+    scales = [(noise * u).expand_as(g) for u, g in zip(units[noise_unit], gradients)]
     log_weights = []
     for changes, candidate in zip(tried[1:], step.candidate_metrics):
         if density == "none":
@@ -278,6 +280,22 @@ def test_it_improves_a_metric_that_has_no_gradient() -> None:
     assert accuracy(model, batch) > before + 0.3
 
 
+def test_the_defaults_beat_cross_entropy_where_it_is_the_wrong_loss() -> None:
+    """The cost that a missed 8 has ten times over: at most 0.75 of what as many steps of cross
+    entropy reach, on the images trained on and on others."""
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    from examples.mgs_digits import cost, fitted, go_on, load
+
+    costs = []
+    for seed in range(3):
+        train, test = load(seed)
+        ends = [go_on(fitted(train), train, method, seed) for method in (None, {})]
+        costs.append([[cost(model, half) for model in ends] for half in (train, test)])
+    (mle_train, mgs_train), (mle_test, mgs_test) = torch.tensor(costs).mean(0).tolist()
+    assert mgs_train <= 0.75 * mle_train
+    assert mgs_test < mle_test
+
+
 @pytest.mark.parametrize(
     "options, error",
     [
@@ -286,7 +304,7 @@ def test_it_improves_a_metric_that_has_no_gradient() -> None:
         ({"beta": -1.0}, "beta must be finite and not negative; got -1.0"),
         ({"beta": math.inf}, "beta must be finite"),
         ({"noise": 0.0}, "noise must be finite and positive; got 0.0"),
-        ({"noise_unit": "weight"}, "noise_unit must be one of gradient, absolute; got 'weight'"),
+        ({"noise_unit": "weight"}, "noise_unit must be one of parameter, gradient, absolute; got 'weight'"),
         ({"density": "true"}, "density must be one of unit, none, exact; got 'true'"),
         ({"max_norm": 0.0}, "max_norm must be positive or None; got 0.0"),
     ],
