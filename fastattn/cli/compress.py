@@ -19,6 +19,12 @@ class Attention(str, Enum):
     linear = "linear"
 
 
+class Metric(str, Enum):
+    f1 = "f1"
+    matthews = "matthews"
+    accuracy = "accuracy"
+
+
 def compress(
     model: Annotated[
         Path,
@@ -47,6 +53,14 @@ def compress(
             rich_help_panel=options.MODEL,
         ),
     ] = "hedgehog",
+    metric: Annotated[
+        Metric | None,
+        typer.Option(
+            help="Tune the result on this metric of training rows after distillation, by "
+            "MLE-guided parameter search [default: it is not]. f1: of the second of two labels.",
+            rich_help_panel=options.TRAINING,
+        ),
+    ] = None,
     data: options.Data = None,
     train: options.Train = None,
     dev: options.Dev = None,
@@ -59,6 +73,7 @@ def compress(
     transfer_epochs: options.StageEpochs = None,
     replace_epochs: options.StageEpochs = None,
     distill_epochs: options.StageEpochs = None,
+    metric_epochs: options.StageEpochs = None,
     batch_size: options.BatchSize = None,
     bf16: options.Bf16 = None,
     seed: options.Seed = 0,
@@ -69,16 +84,19 @@ def compress(
     """Make a classifier shallower, or linear, or both, by progressive module replacing.
 
     Fine-tunes the model (unless it is), replaces its layers or its attention at a rising rate by
-    those of a smaller model (BERT-of-Theseus), fine-tunes that with distillation, evaluates,
-    measures, saves. An interrupted run goes on when the same command is given again.
+    those of a smaller model (BERT-of-Theseus), fine-tunes that with distillation, and on --metric
+    itself if there is one, evaluates, measures, saves. An interrupted run goes on when the same
+    command is given again.
     """
     if feature_map not in FEATURE_MAPS:
         raise typer.BadParameter(
             f"{feature_map!r} is not one of {', '.join(FEATURE_MAPS)}", param_hint="--feature-map"
         )
+    if metric_epochs is not None and metric is None:
+        raise typer.BadParameter("there is no --metric to tune on", param_hint="--metric-epochs")
     chosen_lengths = options.numbers(lengths, "--lengths")
     with exit_codes(resumes=True):
-        from fastattn.recipes.compress import CompressArguments
+        from fastattn.recipes.compress import SEARCH_LOG, CompressArguments
         from fastattn.recipes.compress import compress as run
         from fastattn.recipes.data import find_files
         from fastattn.recipes.report import plot, print_report, write_json
@@ -92,6 +110,7 @@ def compress(
             num_layers=layers,
             attention=attention.value,
             feature_map=feature_map,
+            metric=None if metric is None else metric.value,
             max_length=max_length,
             extend_to=extend_to,
             train_limit=train_limit,
@@ -106,6 +125,7 @@ def compress(
                 transfer_epochs=transfer_epochs,
                 replace_epochs=replace_epochs,
                 distill_epochs=distill_epochs,
+                **({} if metric is None else {"tune_epochs": metric_epochs}),
             ),
         )
         report = run(arguments, output, restart)
@@ -118,6 +138,7 @@ def compress(
             ("predecessor", output / "run" / "softmax"),
             ("report", output / "report.json"),
             ("plot", output / "report.png"),
+            *([("search log", output / "run" / "tune" / SEARCH_LOG)] if metric else []),
         ):
             console.print(f"{what + ':':15}{where}", highlight=False, soft_wrap=True)
         console.print(

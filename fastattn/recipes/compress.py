@@ -7,15 +7,17 @@ The stages of ``linearize`` with one more before distillation:
 ``replace``   layers or attention modules replaced at a rising rate (``fastattn.theseus``), towards
               the teacher's predictions and the labels and each replaced module's output
 ``distill``   the successor alone, all of it but its word embeddings
+``tune``      where a metric is given: towards it, by MLE-guided parameter search
 ``measure``   time and peak memory of both against input length
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -27,16 +29,21 @@ from fastattn.recipes.linearize import (
     Arguments,
     Job,
     extend,
+    freeze_embeddings,
     prepare,
 )
 from fastattn.recipes.models import load_config, load_model
 from fastattn.recipes.training import fit, without_dropout
+from fastattn.recipes.tune import LoggedSearch, check_metric, metric_batches, metric_of_batch
 from fastattn.theseus import LinearSchedule, Theseus, TheseusCallback
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from fastattn.recipes.data import Task
     from fastattn.recipes.run import Results
+
+SEARCH_LOG = "search.jsonl"  # of the stage "tune": what each step saw
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,8 @@ class CompressArguments(Arguments):
     num_layers: of the result, a divisor of the model's; None: as many. attention: "softmax" or
     "linear". first: start from the first layers rather than from those spread over the model.
     base: share that is replaced at the first step; it rises to all at the last. match: weight of
-    the loss on the outputs of what is replaced.
+    the loss on the outputs of what is replaced. metric: what the result is tuned on after
+    distillation, one of ``fastattn.recipes.tune.METRICS``; None: it is not.
     """
 
     num_layers: int | None = None
@@ -56,6 +64,9 @@ class CompressArguments(Arguments):
     replace_rate: float = 1e-4
     base: float = 0.5
     match: float = 1.0
+    metric: str | None = None
+    tune_epochs: float | None = None
+    tune_rate: ClassVar[float] = 2e-5
 
 
 def compress(arguments: CompressArguments, output: Path, restart: bool = False) -> dict[str, Any]:
@@ -68,12 +79,14 @@ def compress(arguments: CompressArguments, output: Path, restart: bool = False) 
     """
     config = load_config(arguments.model)
     _check(arguments, config)
-    run, job = prepare(arguments, config, output, restart, CompressJob)
+    run, job = prepare(arguments, config, output, restart, CompressJob, _check_task)
     stages = {"softmax": run.stage("softmax", job.softmax)}
     if arguments.attention == "linear":
         stages["transfer"] = run.stage("transfer", job.transfer)
     stages["replace"] = run.stage("replace", job.replace)
     stages["distill"] = run.stage("distill", job.distill)
+    if arguments.metric is not None:
+        stages["tune"] = run.stage("tune", job.tune)
     stages["measure"] = run.stage("measure", job.measure)
     return job.report(stages)
 
@@ -122,6 +135,45 @@ class CompressJob(Job[CompressArguments]):
         results["replaced"] = self.scores(model, args.student_length, "Evaluating the successor")
         self.save(model, folder)
         return results
+
+    def tune(self, folder: Path) -> Results:
+        args = self.arguments
+        assert args.metric is not None
+        results: Results = {}
+        model = load_model(self.stage_folder("distill"))
+        if args.tune_epochs != 0:
+            freeze_embeddings(model)
+            train = self.tokens("train", args.student_length)
+            settings = self.settings("tune", train)
+            search = LoggedSearch(
+                args.metric,
+                metric_of_batch(args.metric, len(self.task.labels), args.bf16),
+                metric_batches(train, self.tokenizer, args.seed),
+                folder / SEARCH_LOG,
+            )
+            with without_dropout(model), warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # the report says it once, in words
+                results["train_loss"] = fit(
+                    model,
+                    train,
+                    self.tokenizer,
+                    self.distillation_loss(),
+                    settings,
+                    folder / CHECKPOINTS,
+                    f"Tuning {args.metric}",
+                    callbacks=[search],
+                    note=search.note,
+                )
+            results["search"] = search.summary()
+        results["tuned"] = self.scores(model, args.student_length, "Evaluating the tuned model")
+        self.save(model, folder)
+        self.save(model, self.output)
+        return results
+
+
+def _check_task(arguments: CompressArguments, task: Task) -> None:
+    if arguments.metric is not None:
+        check_metric(arguments.metric, task)
 
 
 def _check(arguments: CompressArguments, config: PretrainedConfig) -> None:

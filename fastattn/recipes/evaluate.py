@@ -26,11 +26,13 @@ TOKENS_PER_BATCH = 16384
 @dataclass(frozen=True)
 class Evaluation:
     """Scores on a data set. ``matthews`` is the Matthews correlation (for more than two classes
-    its generalisation by Gorodkin 2004); ``loss`` the mean cross entropy in nats."""
+    its generalisation by Gorodkin 2004); ``f1`` that of the second of two classes, None for more;
+    ``loss`` the mean cross entropy in nats."""
 
     rows: int
     accuracy: float
     matthews: float
+    f1: float | None
     loss: float
 
 
@@ -66,11 +68,12 @@ def predict(
 
 def evaluate(logits: Tensor, labels: Tensor) -> Evaluation:
     """Scores of ``logits`` (rows, classes) against int64 ``labels`` (rows,)."""
-    predicted = logits.argmax(-1)
+    counts = confusion(logits.argmax(-1), labels, logits.shape[-1])
     return Evaluation(
         rows=len(labels),
-        accuracy=float((predicted == labels).double().mean()),
-        matthews=float(matthews(confusion(predicted, labels, logits.shape[-1]))),
+        accuracy=float(accuracy(counts)),
+        matthews=float(matthews(counts)),
+        f1=float(f1(counts)) if len(counts) == 2 else None,
         loss=float(F.cross_entropy(logits, labels)),
     )
 
@@ -90,6 +93,19 @@ def confusion(
     counted = weights.new_zeros(*weights.shape[:-1], classes**2)
     counted.index_add_(-1, pairs, weights)
     return counted.reshape(*weights.shape[:-1], classes, classes).double()
+
+
+def accuracy(confusion: Tensor) -> Tensor:
+    """The share on the diagonal of confusion matrices (..., classes, classes)."""
+    return confusion.diagonal(dim1=-2, dim2=-1).sum(-1) / confusion.sum((-2, -1))
+
+
+def f1(confusion: Tensor) -> Tensor:
+    """F1 of the second class of confusion matrices (..., 2, 2): the harmonic mean of precision and
+    recall; 0 where that class is neither there nor predicted."""
+    hits = confusion[..., 1, 1]
+    both = confusion[..., 1, :].sum(-1) + confusion[..., :, 1].sum(-1)
+    return 2 * hits / both.clamp_min(1)
 
 
 def matthews(confusion: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 TOKENS_PER_STEP = 4096
-DEFAULT_EPOCHS = {"fine_tune": 3.0, "transfer": 2.0, "replace": 3.0, "distill": 2.0}
+DEFAULT_EPOCHS = {"fine_tune": 3.0, "transfer": 2.0, "replace": 3.0, "distill": 2.0, "tune": 1.0}
 ENOUGH_STEPS = 600  # of each of the stages, unless that takes more than MAX_EPOCHS
 MAX_EPOCHS = 10.0
 TASK_WEIGHT = 0.5
@@ -126,6 +126,7 @@ def prepare(
     output: Path,
     restart: bool,
     job: Callable[[ArgumentsT, Task, PreTrainedTokenizerBase, Path, bool], JobT],
+    check_task: Callable[[ArgumentsT, Task], None] | None = None,
 ) -> tuple[Run, JobT]:
     """Check everything that can be checked before any training; the run and its stages.
 
@@ -136,6 +137,8 @@ def prepare(
     labels = None if fine_tune else output_labels(config)
     task = load_task(arguments.train, arguments.dev, labels)
     task = limit_train(task, arguments.train_limit, arguments.seed)
+    if check_task is not None:
+        check_task(arguments, task)
     tokenizer = load_tokenizer(arguments.model)
     run = Run(output, _fingerprint(arguments), restart)
     return run, job(arguments, task, tokenizer, output, fine_tune)
@@ -270,10 +273,12 @@ class Job(Generic[ArgumentsT]):
                     ("transfer", "transferred"),
                     ("replace", "replaced"),
                     ("distill", self.final),
+                    ("tune", "tuned"),
                 )
                 if name in stages.get(stage, ())
             },
         }
+        search = stages.get("tune", {}).get("search")
         return {
             "machine": machine(),
             "arguments": _as_json(args),
@@ -285,6 +290,7 @@ class Job(Generic[ArgumentsT]):
             "models": models,
             "seconds": {name: results["seconds"] for name, results in stages.items()},
             "measurements": stages["measure"]["points"],
+            **({"search": search} if search else {}),
         }
 
     def stage_folder(self, stage: str) -> Path:

@@ -23,6 +23,7 @@ MODEL_NAMES = {
     "linear": "linear, distilled",
     "replaced": "successor, after replacing",
     "compressed": "successor, after distillation",
+    "tuned": "successor, tuned on the metric",
 }
 SHORT_NAMES = {
     "softmax": "softmax",
@@ -31,6 +32,7 @@ SHORT_NAMES = {
     "linear": "linearised",
     "replaced": "replaced",
     "compressed": "compressed",
+    "tuned": "tuned on\nthe metric",
 }
 COLORS = {
     "softmax": "#8c8c8c",
@@ -39,6 +41,7 @@ COLORS = {
     "replaced": "#3d8fc9",
     "linear": "#0b6fb8",
     "compressed": "#0b6fb8",
+    "tuned": "#084b7d",
 }
 
 
@@ -66,6 +69,8 @@ def write_json(report: Report, path: Path) -> None:
 def print_report(report: Report, console: Console) -> None:
     """Accuracy of each model, then time and memory against input length."""
     console.print(accuracy_table(report))
+    if "search" in report:
+        console.print(search_line(report["search"]), highlight=False)
     if report["measurements"]:
         console.print(length_table(report["measurements"]))
 
@@ -75,7 +80,9 @@ def accuracy_table(report: Report) -> Table:
     caption = "tokens: read of a text; MCC: Matthews correlation"
     table = Table(title=f"Accuracy on {rows} dev rows", title_justify="left", caption=caption)
     table.add_column("model")
-    for column in ("tokens", "accuracy", "of softmax", "MCC", "loss"):
+    with_f1 = "search" in report and report["search"]["metric"] == "f1"
+    scores_shown = ("MCC", "F1") if with_f1 else ("MCC",)
+    for column in ("tokens", "accuracy", "of softmax", *scores_shown, "loss"):
         table.add_column(column, justify="right")
     softmax = report["models"]["softmax"]["accuracy"]
     for name, scores in report["models"].items():
@@ -85,9 +92,22 @@ def accuracy_table(report: Report) -> Table:
             f"{100 * scores['accuracy']:.1f} %",
             f"{100 * scores['accuracy'] / softmax:.1f} %" if softmax else "",
             f"{scores['matthews']:.3f}",
+            *([f"{scores['f1']:.3f}"] if with_f1 else []),
             f"{scores['loss']:.3f}",
         )
     return table
+
+
+def search_line(search: dict[str, Any]) -> str:
+    """What tuning on the metric did on the training rows, and how far it can be believed."""
+    line = (
+        f"{search['metric']} on training rows: {search['first']:.3f} at the first tenth of "
+        f"{search['steps']} steps, {search['last']:.3f} at the last; "
+        f"{search['effective_samples']:.1f} of {search['candidates']} candidates counted"
+    )
+    if few := search["steps_with_too_few"]:
+        line += f" (fewer than 1.5 at {few} steps, which were hardly more than random)"
+    return line
 
 
 def length_table(points: list[dict[str, Any]]) -> Table:

@@ -8,6 +8,7 @@ in one line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ def fit(
     description: str,
     learning_rates: dict[str, float] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    note: Callable[[], str] | None = None,
 ) -> float:
     """Train the parameters of ``model`` that require gradients, in place.
 
@@ -137,6 +139,7 @@ def fit(
             training goes on from it.
         learning_rates: factor on the learning rate of the parameters whose name contains the key.
         callbacks: more for the Trainer.
+        note: what stands beside the progress; by default the loss.
 
     Returns:
         The mean loss over the last tenth of the steps.
@@ -172,9 +175,9 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)  # prints a dict at the end
     batches = len(trainer.get_train_dataloader())
-    steps = max(1, int(settings.epochs * batches))
+    steps = max(1, math.ceil(settings.epochs * batches))
     with progress(description, steps) as advance:
-        trainer.add_callback(_ShowProgress(advance, trainer))
+        trainer.add_callback(_ShowProgress(advance, note or trainer.recent_loss))
         trainer.train(resume_from_checkpoint=last)
     recent = trainer.losses[-max(1, len(trainer.losses) // 10) :]
     return float(torch.stack(recent).mean()) if recent else float("nan")
@@ -197,6 +200,9 @@ class _Trainer(Trainer):
         loss = self._loss(model, inputs)
         self.losses.append(loss.detach())
         return loss
+
+    def recent_loss(self) -> str:
+        return f"loss {float(torch.stack(self.losses[-20:]).mean()):.4f}"
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         train_dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -223,10 +229,9 @@ class _Trainer(Trainer):
 
 
 class _ShowProgress(TrainerCallback):
-    def __init__(self, advance: Advance, trainer: _Trainer) -> None:
-        self.advance, self.trainer, self.step = advance, trainer, 0
+    def __init__(self, advance: Advance, note: Callable[[], str]) -> None:
+        self.advance, self.note, self.step = advance, note, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         count, self.step = state.global_step - self.step, state.global_step
-        note = f"loss {float(torch.stack(self.trainer.losses[-20:]).mean()):.4f}"
-        self.advance(count, note)
+        self.advance(count, self.note())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,9 +92,28 @@ def test_compress_then_compare(
     assert drawing.read_bytes().startswith(b"\x89PNG")
 
 
+def test_compress_towards_a_metric(classifier: Path, data: Path, tmp_path: Path) -> None:
+    """In a process of its own, so that what is said while it tunes is seen as well."""
+    command = [sys.executable, "-m", "fastattn.cli", "compress", "--model", classifier]
+    command += ["--data", data, "--output", tmp_path / "out", "--layers", "1", "--metric", "f1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "140"}
+    done = subprocess.run(
+        [*command, *FEW[:-2], "--lengths", ""], capture_output=True, text=True, env=environment,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"Tuning f1 2/2 .* f1 0\.\d+, \d\.\d of 4 candidates count", done.stderr)
+    assert "Warning" not in done.stderr
+    for word in ("successor, tuned on the metric", "F1", "candidates counted", "search log:"):
+        assert word in done.stdout
+    assert (tmp_path / "out" / "run" / "tune" / "search.jsonl").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
+        (("compress", "--layers", "1", "--metric", "bleu"), 2, "'matthews'"),
+        (("compress", "--layers", "1", "--metric-epochs", "1"), 2, "no --metric to tune on"),
         (("compress", "--layers", "3"), 4, "must divide the 2 layers"),
         (("compress",), 4, "nothing to do"),
         (("compress", "--attention", "sparse"), 2, "'linear'"),

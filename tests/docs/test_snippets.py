@@ -28,8 +28,12 @@ def make_bert(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:linear attention has no attention weights")
 @pytest.mark.parametrize(
-    "page", ["module.md", "models.md", "diagnose.md", "generation.md", "theseus.md"]
-)
+    "page",
+    [
+        "module.md", "models.md", "diagnose.md", "generation.md", "theseus.md", "mgs.md",
+        "nvae.md",
+    ],
+)  # fmt: skip
 def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_bert(tmp_path / "bert-folder")
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ import fastattn
 from fastattn.recipes import linearize as stages
 from fastattn.recipes.compress import CompressArguments, compress
 from fastattn.recipes.data import find_files
-from fastattn.recipes.errors import ModelError
+from fastattn.recipes.errors import DataError, ModelError
 from fastattn.recipes.linearize import Job
 from fastattn.recipes.models import load_model
+from fastattn.recipes.tune import LoggedSearch
+from tests.recipes.tiny import make_model
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,77 @@ def test_an_interrupted_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(stages, "new_classifier", None)  # nothing is fine-tuned again
         assert compress(arguments, output)["models"] == finished[1]["models"]
+
+
+def test_tuned_on_the_metric(
+    arguments: CompressArguments, finished: tuple[Path, dict], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Every step is one of MGS and logged; interrupted and resumed it ends as it would have."""
+    teacher = finished[0] / "run" / "softmax"
+    few = {"replace_epochs": 1, "distill_epochs": 0, "tune_epochs": 2}
+    given = replace(arguments, model=teacher, metric="f1", **few)
+    report = compress(given, tmp_path / "whole")
+    scores = report["models"]
+    assert list(scores) == ["softmax", "replaced", "compressed", "tuned"]
+    assert scores["tuned"]["f1"] > scores["compressed"]["f1"] - 0.05
+    lines = log_of(tmp_path / "whole")
+    steps = 2 * 192 // 16
+    assert [line["step"] for line in lines] == list(range(steps))
+    assert all(1 <= line["effective_samples"] <= 4 for line in lines)
+    assert all(len(line["candidates"]) == 4 and 0 <= line["f1"] <= 1 for line in lines)
+    assert report["search"]["steps"] == steps and report["search"]["metric"] == "f1"
+    untuned = load_model(tmp_path / "whole" / "run" / "distill").state_dict()
+    tuned = load_model(tmp_path / "whole").state_dict()
+    assert not torch.equal(tuned["classifier.weight"], untuned["classifier.weight"])
+    words = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(tuned[words], untuned[words])
+
+    measured = LoggedSearch.on_pre_optimizer_step
+
+    def interrupted(self: LoggedSearch, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == steps // 2 + 3:
+            raise KeyboardInterrupt
+        measured(self, args, state, *rest, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoggedSearch, "on_pre_optimizer_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compress(given, tmp_path / "cut")
+    assert len(log_of(tmp_path / "cut")) == steps // 2 + 3
+    compress(given, tmp_path / "cut")
+    assert log_of(tmp_path / "cut") == lines
+    for name, value in load_model(tmp_path / "cut").state_dict().items():
+        assert torch.equal(value, tuned[name]), name
+
+
+def log_of(output: Path) -> list[dict]:
+    path = output / "run" / "tune" / "search.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_metric_that_does_not_fit_the_labels(tmp_path: Path, encoder: Path) -> None:
+    def task(name: str, labels: str) -> Path:
+        rows = [json.dumps({"text": "a film", "label": label}) for label in labels]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+        return tmp_path / f"{name}.jsonl"
+
+    def run(model: Path, train: Path, metric: str) -> None:
+        given = CompressArguments(model=model, train=train, dev=train, num_layers=1, metric=metric)
+        compress(given, tmp_path / "out")
+
+    three = task("three", "abcabc")
+    with pytest.raises(
+        DataError, match=r"metric f1 is for two labels; these data have 3 \(a, b, c"
+    ):
+        run(encoder, three, "f1")
+    with pytest.raises(DataError, match="metric must be one of f1, matthews, accuracy; got 'bleu'"):
+        run(encoder, three, "bleu")
+    one_sided = task("one", "aaa")
+    labelled = make_model(tmp_path / "labelled", labels=["a", "b"])
+    with pytest.raises(DataError, match="metric matthews is constant.* all 3 training rows .* 'a'"):
+        run(labelled, one_sided, "matthews")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

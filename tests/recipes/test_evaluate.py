@@ -9,7 +9,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastattn.recipes.data import find_files, load_task, tokenize
-from fastattn.recipes.evaluate import batches_by_length, confusion, evaluate, matthews, predict
+from fastattn.recipes.evaluate import (
+    batches_by_length,
+    confusion,
+    evaluate,
+    f1,
+    matthews,
+    predict,
+)
 from fastattn.recipes.training import Collator, model_inputs
 
 
@@ -36,6 +43,18 @@ def test_matthews_of_known_tables() -> None:
     assert score(0, 0, 0, 0) == 0.0
     # TP 1, TN 2, FP 0, FN 1: 2 / sqrt(1 * 2 * 2 * 3)
     assert score(0, 0, 0, 1) == pytest.approx(2 / 12**0.5)
+
+
+def test_f1_is_that_of_the_second_class() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    torch.manual_seed(0)
+    labels = (torch.rand(200) < 0.2).long()
+    predicted = torch.where(torch.rand(200) < 0.7, labels, 1 - labels)
+    expected = metrics.f1_score(labels.numpy(), predicted.numpy())
+    assert float(f1(confusion(predicted, labels, 2))) == pytest.approx(expected, abs=1e-12)
+    zeros = torch.zeros(4, dtype=torch.long)
+    assert float(f1(confusion(zeros, zeros, 2))) == 0
+    assert evaluate(torch.randn(4, 3), zeros).f1 is None
 
 
 def test_weighted_rows_count_as_often_as_they_weigh() -> None:

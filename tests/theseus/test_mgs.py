@@ -304,7 +304,10 @@ def test_the_defaults_beat_cross_entropy_where_it_is_the_wrong_loss() -> None:
         ({"beta": -1.0}, "beta must be finite and not negative; got -1.0"),
         ({"beta": math.inf}, "beta must be finite"),
         ({"noise": 0.0}, "noise must be finite and positive; got 0.0"),
-        ({"noise_unit": "weight"}, "noise_unit must be one of parameter, gradient, absolute; got 'weight'"),
+        (
+            {"noise_unit": "weight"},
+            "noise_unit must be one of parameter, gradient, absolute; got 'weight'",
+        ),
         ({"density": "true"}, "density must be one of unit, none, exact; got 'true'"),
         ({"max_norm": 0.0}, "max_norm must be positive or None; got 0.0"),
     ],
