@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import Cache
 
 from fastattn.generation.self_terminating import SelfTerminatingHead
+from fastattn.models.attention import HEAD  # also the field of the configuration
+from fastattn.models.conversion import record
 
-FIELD = "fastattn_self_terminating"  # of the configuration: what a saved model was trained with
+SETTINGS = ("eos_token_id", "epsilon", "kind", "clock")
 KEEP = "logits_to_keep"
 
 
@@ -70,13 +72,25 @@ def attach(head: SelfTerminatingHead, model: Any) -> Any:
         for hook in hooks:
             hook.remove()
         model.loss_function = softmax_loss
-        delattr(config, FIELD)
+        record(config, None, HEAD)
         del model._fastattn_detach
 
-    setattr(config, FIELD, {"eos_token_id": head.eos_token_id, "epsilon": head.epsilon,
-                            "kind": head.kind, "clock": head.clock})  # fmt: skip
+    settings = {name: getattr(head, name) for name in SETTINGS}
+    record(config, settings, HEAD)
     model._fastattn_detach = detach
     return model
+
+
+def attach_again(model: Any) -> None:
+    """Give a model that was just built the head that its configuration says it was saved with.
+
+    Raises:
+        ValueError: a damaged configuration, or another end of sequence than the model's.
+    """
+    settings = getattr(model.config, HEAD)
+    if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
+        raise ValueError(f"config.json has a damaged field {HEAD!r}: {settings!r}")
+    SelfTerminatingHead(**settings).attach(model)
 
 
 def detach(model: Any) -> Any:

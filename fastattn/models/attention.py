@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastattn.models.cache import HOOK, causal
 from fastattn.models.families import ATTENTION_CLASSES, is_supported
 from fastattn.ops import linear_attention
 
 NAME = "fastattn_linear"
+HEAD = "fastattn_self_terminating"
 DEFAULT_MAP = "elu"
 
 
@@ -183,4 +186,8 @@ def _say_no_dropout() -> None:
 
 
 AttentionInterface.register(NAME, linear_forward)
+# The name that a saved self-terminating head gives a softmax decoder's attention: `checkpoint`
+# takes it out again before the model ever runs.
+AttentionInterface.register(HEAD, ALL_ATTENTION_FUNCTIONS["sdpa"])
+AttentionMaskInterface.register(HEAD, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 AttentionMaskInterface.register(NAME, keep_2d_mask)

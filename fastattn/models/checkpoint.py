@@ -1,10 +1,12 @@
-"""Checkpoints of linearised models: ``from_pretrained`` gives them back whole, or refuses.
+"""Checkpoints of models with linear attention or a self-terminating head: ``from_pretrained`` gives
+them back whole, or refuses.
 
 transformers does not save which attention a model runs, so a linearised checkpoint would come back
 with softmax. ``linearize`` therefore writes two fields into ``config.json``: ``fastattn``, what it
 was asked for, and ``attn_implementation``, which transformers does read. Without fastattn that
 name is unknown and building the model fails. With fastattn imported the hook below, run when a
-model has been built and before its weights are read, adds the feature maps.
+model has been built and before its weights are read, adds the feature maps. A self-terminating
+head is kept and guarded in the same way.
 """
 
 from __future__ import annotations
@@ -16,28 +18,29 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fastattn.models.attention import NAME
+from fastattn.models.attention import HEAD, NAME
 from fastattn.models.conversion import FIELD, MARK, add_maps, check_settings, is_linear, record
 from fastattn.models.families import attention_modules
 
 
 def load(path: str | Path, **options: Any) -> Any:
-    """The linearised model that ``save_pretrained`` left in ``path``, in evaluation mode.
+    """The model that ``save_pretrained`` left in ``path``, with the linear attention, the
+    self-terminating head or both that it had, in evaluation mode.
 
-    Like ``from_pretrained`` of the class that was saved, but a checkpoint that is no linearised
-    one, or whose weights are not exactly those of its model, is an error; and on a CPU outputs are
-    those of the saved model bit for bit.
+    Like ``from_pretrained`` of the class that was saved, but a checkpoint that has neither, or
+    whose weights are not exactly those of its model, is an error; and on a CPU outputs are those of
+    the saved model bit for bit.
 
     Args:
         path: a folder, or whatever else ``from_pretrained`` takes.
         options: of ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
 
     Raises:
-        ValueError: no linearised checkpoint, or its weights don't fit its configuration.
+        ValueError: no checkpoint of that kind, or its weights don't fit its configuration.
         OSError: nothing there.
     """
     config, _ = PreTrainedConfig.get_config_dict(path, **options)
-    if config.get(FIELD) is None:
+    if config.get(FIELD) is None and config.get(HEAD) is None:
         raise ValueError(f"{path} holds no linearised model: load it with from_pretrained")
     architecture = (config.get("architectures") or ["none"])[0]
     model_class = getattr(transformers, architecture, None)
@@ -57,13 +60,24 @@ def load(path: str | Path, **options: Any) -> Any:
 
 
 def complete(model: PreTrainedModel) -> None:
-    """Give a model that has just been built from a linearised configuration its feature maps.
+    """Give a model that has just been built from a configuration of ours its feature maps and its
+    self-terminating head.
 
     Raises:
         NotImplementedError: linear attention was asked for and the model can't have it.
         ValueError: a linearised configuration with another attention, or a damaged one.
     """
     config: Any = model.config
+    if config._attn_implementation == HEAD:
+        config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    _complete_attention(model, config)
+    if getattr(config, HEAD, None) is not None and model.can_generate():
+        from fastattn.generation.attached import attach_again
+
+        attach_again(model)
+
+
+def _complete_attention(model: PreTrainedModel, config: Any) -> None:
     linear = config._attn_implementation == NAME
     if not is_linear(config):
         if linear:

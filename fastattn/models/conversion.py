@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fastattn.models.attention import NAME
+from fastattn.models.attention import HEAD, NAME
 from fastattn.models.cache import add_state, remove_state
 from fastattn.models.families import attention_modules, is_decoder, is_local
 from fastattn.nn.feature_maps import LEARNED, make_pair
@@ -87,17 +87,23 @@ def add_maps(model: PreTrainedModel, feature_map: str, layers: Sequence[int]) ->
                 setattr(module, name, phi.to(weight.device, weight.dtype))
 
 
-def record(config: Any, settings: dict[str, Any] | None) -> None:
-    """Write into the configuration what ``linearize`` was asked for, or take it out.
+def record(config: Any, settings: dict[str, Any] | None, field: str = FIELD) -> None:
+    """Write into the configuration what ``linearize`` was asked for (or ``attach`` of a
+    self-terminating head, whose field is ``HEAD``), or take it out.
 
     ``attn_implementation`` is what makes a checkpoint safe: transformers reads it back, and where
     fastattn is not imported refuses to build the model rather than run softmax.
     """
-    for name, value in ((FIELD, settings), ("attn_implementation", NAME)):
-        if settings is not None:
-            setattr(config, name, value)
-        elif name in vars(config):
-            delattr(config, name)
+    _set(config, field, settings)
+    headed = getattr(config, HEAD, None) is not None
+    _set(config, "attn_implementation", NAME if is_linear(config) else HEAD if headed else None)
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    if value is not None:
+        setattr(config, name, value)
+    elif name in vars(config):
+        delattr(config, name)
 
 
 def check_settings(

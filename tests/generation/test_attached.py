@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +180,9 @@ def test_scoring_without_a_cache_is_parallel() -> None:
 def test_detach_and_configuration(tmp_path: Path) -> None:
     plain = decoder()
     model = SelfTerminatingHead(EOS, 0.02).attach(copy.deepcopy(plain))
-    model.save_pretrained(tmp_path)
-    saved = transformers.AutoConfig.from_pretrained(tmp_path).fastattn_self_terminating
+    saved = model.config.fastattn_self_terminating
     assert saved == {"eos_token_id": EOS, "epsilon": 0.02, "kind": "nmst", "clock": "generated"}
-    again = SelfTerminatingHead(**saved).attach(
-        transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
-    )
     given = {**prompts(), "do_sample": False, "max_new_tokens": 50}
-    assert torch.equal(model.generate(**given), again.generate(**given))
     detach(model)
     assert torch.equal(model.generate(**given), plain.generate(**given))
     assert not hasattr(model.config, "fastattn_self_terminating")
@@ -192,6 +190,58 @@ def test_detach_and_configuration(tmp_path: Path) -> None:
     assert model(input_ids=ids, labels=ids).loss == plain(input_ids=ids, labels=ids).loss
     with pytest.raises(ValueError, match="has no self-terminating head"):
         detach(model)
+    model.save_pretrained(tmp_path)
+    assert "fastattn" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize(("kind", "clock"), SETTINGS)
+def test_a_saved_head_comes_back(tmp_path: Path, kind: str, clock: str, linear: bool) -> None:
+    plain = fastattn.linearize(decoder(1.0), "elu") if linear else decoder()
+    model = SelfTerminatingHead(EOS, 0.02, kind, clock).attach(plain)
+    given = {**prompts(), "do_sample": False, "max_new_tokens": 60}
+    if linear:
+        given = {**given, "input_ids": prompts()["input_ids"][1:], "attention_mask": None}
+    want, ids = model.generate(**given), prompts()["input_ids"]
+    loss = model(input_ids=ids, labels=ids).loss
+    model.save_pretrained(tmp_path / "one")
+    loaded = fastattn.load(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two")  # what was loaded is saved as whole as the first
+    for again in (
+        loaded,
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two"),
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "one"),
+    ):
+        assert torch.equal(again.generate(**given), want)
+        torch.testing.assert_close(again(input_ids=ids, labels=ids).loss, loss)
+        assert again.config.fastattn_self_terminating == model.config.fastattn_self_terminating
+        with pytest.raises(ValueError, match="already"):
+            SelfTerminatingHead(EOS).attach(again)
+    bare = transformers.GPT2Model.from_pretrained(tmp_path / "two")  # its states have no end
+    torch.testing.assert_close(
+        bare(ids).last_hidden_state, model.transformer(ids).last_hidden_state
+    )
+
+
+def test_without_fastattn_a_saved_head_is_refused(tmp_path: Path) -> None:
+    """In a process that never imports fastattn the model would be a plain softmax model."""
+    SelfTerminatingHead(EOS).attach(decoder()).save_pretrained(tmp_path)
+    load = f"import transformers; transformers.GPT2LMHeadModel.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert 'attn_implementation="fastattn_self_terminating"` is not supported' in done.stderr
+
+
+def test_linearising_keeps_the_guard(tmp_path: Path) -> None:
+    model = SelfTerminatingHead(EOS).attach(decoder())
+    fastattn.restore(fastattn.linearize(model, "elu")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["attn_implementation"] == "fastattn_self_terminating"
+    assert hasattr(fastattn.load(tmp_path), "_fastattn_detach")
+    damaged = {**config, "fastattn_self_terminating": {"epsilon": 0.1}}
+    (tmp_path / "config.json").write_text(json.dumps(damaged))
+    with pytest.raises(ValueError, match="damaged field 'fastattn_self_terminating'"):
+        fastattn.load(tmp_path)
 
 
 def test_what_is_refused() -> None:
