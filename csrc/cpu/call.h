@@ -19,24 +19,43 @@ FASTATTN_INLINE Real inverse_denominator(Real den, double eps) {
   return Real{1} / (den < floor ? floor : den);
 }
 
-// The same for gradients, which are 0 where there is nothing to attend to.
+// In place, for whole vectors that hold n numbers.
 template <class Real>
-FASTATTN_INLINE Real inverse_denominator_of_gradient(Real den, double eps) {
-  return den <= 0 ? Real{0} : inverse_denominator(den, eps);
-}
-
-// -d log(1 / max(den, eps)) / d den: 1 / den, or 0 where eps holds.
-template <class Real>
-FASTATTN_INLINE Real denominator_slope(Real den, double eps) {
-  return den < static_cast<Real>(eps) ? Real{0} : Real{1} / den;
+FASTATTN_INLINE void invert_denominators(Real* den, int64_t n, double eps) {
+  const Vector<Real> floor = splat(static_cast<Real>(eps)), one = splat(Real{1});
+  for (int64_t i = 0; i < n; i += kLanes<Real>) {
+    const Vector<Real> d = load(den + i);
+    store(den + i, one / (d < floor ? floor : d));
+  }
 }
 
 constexpr int64_t kTileRows = 64;  // tokens of a tile
 
+// What gradients need of the denominators of a tile of queries.
+template <class Real>
+struct Denominators {
+  Real inverse[kTileRows];  // 1 / max(den, eps), or 0 where there is nothing to attend to
+  Real slope[kTileRows];    // -d log(1 / max(den, eps)) / d den: 1 / den, or 0 where eps holds
+
+  // From `inverse` holding the denominators themselves.
+  void of_gradient(int64_t n, double eps) {
+    const Vector<Real> floor = splat(static_cast<Real>(eps)), one = splat(Real{1}), nil{};
+    for (int64_t i = 0; i < n; i += kLanes<Real>) {
+      const Vector<Real> den = load(inverse + i);
+      store(slope + i, den < floor ? nil : one / den);
+      store(inverse + i, den <= nil ? nil : one / (den < floor ? floor : den));
+    }
+  }
+
+  // delta = -(phi(q) . u) / den, given phi(q) . u.
+  void negate_and_scale(int64_t n, Real* delta) const {
+    for (int64_t i = 0; i < n; i += kLanes<Real>)
+      store(delta + i, -load(delta + i) * load(slope + i));
+  }
+};
+
 template <class Real>
 class Call {
-  static constexpr int64_t kCacheBytes = 640 << 10;  // of L2 that a block of heads may fill
-
  protected:
   Call(const Problem& problem, const Arguments& args)
       : p_(problem), a_(args), n_(problem), phi_(problem), sequences_(sequences_of(problem, args)) {}
@@ -44,31 +63,6 @@ class Call {
   // ---- handing out work -------------------------------------------------------------------------
 
   bool whole_heads() const { return takes_whole_heads(p_, sequences_, a_.threads); }
-
-  // The query heads of a block of kv heads.
-  HeadBlock query_heads(HeadBlock block) const {
-    return {block.begin * n_.group, block.end * n_.group};
-  }
-
-  // How many kv heads a thread walks together: in (B, N, H, D) memory as many as its cache holds,
-  // given the numbers that a kernel keeps per head.
-  int64_t heads_together(int64_t numbers_per_head) const {
-    if (a_.key.head > a_.key.token) return 1;
-    const int64_t room = kCacheBytes / (numbers_per_head * static_cast<int64_t>(sizeof(Real)));
-    return std::clamp<int64_t>(room, 1, p_.num_kv_heads);
-  }
-
-  // body(sequence, head block); as many blocks as keep all threads busy.
-  template <class Body>
-  void for_head_blocks(int64_t together, const Body& body) const {
-    int64_t blocks = (p_.num_kv_heads + together - 1) / together;
-    while (blocks < p_.num_kv_heads && p_.state_batch() * blocks % a_.threads != 0) ++blocks;
-    parallel_for(p_.state_batch() * blocks, a_.threads, [&](int64_t task) {
-      const int64_t block = task % blocks;
-      body(sequences_[static_cast<size_t>(task / blocks)],
-           HeadBlock{block * p_.num_kv_heads / blocks, (block + 1) * p_.num_kv_heads / blocks});
-    });
-  }
 
   // body(sequence, kv head)
   template <class Body>
@@ -78,7 +72,7 @@ class Call {
     });
   }
 
-  // body(sequence, block of one kv head, segment)
+  // body(sequence, kv head, segment)
   template <class Body>
   void for_key_segments(const Body& body) const {
     for_segments(&Sequence::keys, body);
@@ -105,30 +99,45 @@ class Call {
 
   // ---- tiles ------------------------------------------------------------------------------------
 
-  Tiles<Real> take_tiles(Scratch& scratch, int64_t heads, int64_t rows, int64_t width) const {
-    return {scratch.template take<Real>(heads * rows * width), width, rows * width};
+  void read_keys(const Sequence& s, int64_t h, int64_t t, int64_t rows, MaskRow mask,
+                 Real* tile) const {
+    read_tile(a_.key, s.batch, h, s.key_begin + t, rows, p_.dtype, p_.head_dim, mask, tile,
+              n_.feature_width);
   }
 
-  void read_keys(const Sequence& s, HeadBlock block, int64_t t, int64_t rows, MaskRow mask,
-                 Tiles<Real> tiles) const {
-    read_tiles(a_.key, s.batch, block, s.key_begin + t, rows, p_.dtype, p_.head_dim, mask, tiles);
+  void read_values(const Sequence& s, int64_t h, int64_t t, int64_t rows, MaskRow mask,
+                   Real* tile) const {
+    read_tile(a_.value, s.batch, h, s.key_begin + t, rows, p_.dtype, n_.values, mask, tile,
+              n_.value_width);
   }
 
-  void read_values(const Sequence& s, HeadBlock block, int64_t t, int64_t rows, MaskRow mask,
-                   Tiles<Real> tiles) const {
-    read_tiles(a_.value, s.batch, block, s.key_begin + t, rows, p_.dtype, n_.values, mask, tiles);
+  void read_queries(const Sequence& s, int64_t q, int64_t t, int64_t rows, Real* tile) const {
+    read_tile(a_.query, s.batch, q, s.query_begin + t, rows, p_.dtype, p_.head_dim, {}, tile,
+              n_.feature_width);
   }
 
-  void read_queries(const Sequence& s, HeadBlock queries, int64_t t, int64_t rows,
-                    Tiles<Real> tiles) const {
-    read_tiles(a_.query, s.batch, queries, s.query_begin + t, rows, p_.dtype, p_.head_dim, {},
-               tiles);
+  void read_gradients(const Sequence& s, int64_t q, int64_t t, int64_t rows, Real* tile) const {
+    read_tile(a_.grad_out, s.batch, q, s.query_begin + t, rows, p_.dtype, n_.values, {}, tile,
+              n_.value_width);
   }
 
-  void read_gradients(const Sequence& s, HeadBlock queries, int64_t t, int64_t rows,
-                      Tiles<Real> tiles) const {
-    read_tiles(a_.grad_out, s.batch, queries, s.query_begin + t, rows, p_.dtype, n_.values, {},
-               tiles);
+  void write_out(const Sequence& s, int64_t q, int64_t t, int64_t rows, const Real* tile) const {
+    write_tile(a_.out, s.batch, q, s.query_begin + t, rows, p_.dtype, n_.values, tile,
+               n_.value_width);
+  }
+
+  void write_query_gradients(const Sequence& s, int64_t q, int64_t t, int64_t rows,
+                             const Real* tile) const {
+    write_tile(a_.grad_query, s.batch, q, s.query_begin + t, rows, p_.dtype, p_.head_dim, tile,
+               n_.feature_width);
+  }
+
+  void write_key_gradients(const Sequence& s, int64_t h, int64_t t, int64_t rows,
+                           const Real* dphi, const Real* dvalue) const {
+    write_tile(a_.grad_key, s.batch, h, s.key_begin + t, rows, p_.dtype, p_.head_dim, dphi,
+               n_.feature_width);
+    write_tile(a_.grad_value, s.batch, h, s.key_begin + t, rows, p_.dtype, n_.values, dvalue,
+               n_.value_width);
   }
 
   // What the tile of tokens from t on will touch, of one kv head or one query head: asked for while
@@ -163,20 +172,10 @@ class Call {
     return ahead;
   }
 
-  // body(queries): the query heads of a block, a few at a time where a group is large.
-  static constexpr int64_t kQueryHeads = 8;
+  // body(query head), for those that share kv head h.
   template <class Body>
-  void for_query_heads(HeadBlock block, const Body& body) const {
-    const HeadBlock all = query_heads(block);
-    const int64_t step = query_room(block.size());
-    for (int64_t q = all.begin; q < all.end; q += step)
-      body(HeadBlock{q, std::min(q + step, all.end)});
-  }
-
-  // Tiles of query heads that are held at once for a block of kv heads: all of them, unless it is a
-  // single head with a large group.
-  int64_t query_room(int64_t block_size) const {
-    return block_size > 1 ? block_size * n_.group : std::min(n_.group, kQueryHeads);
+  void for_query_heads(int64_t h, const Body& body) const {
+    for (int64_t q = h * n_.group; q < (h + 1) * n_.group; ++q) body(q);
   }
 
   MaskRow mask_at(int64_t batch, int64_t token) const {
@@ -207,7 +206,7 @@ class Call {
       const int64_t index = task / most, segment = task % most;
       const Sequence& s = sequences_[static_cast<size_t>(index / p_.num_kv_heads)];
       const int64_t h = index % p_.num_kv_heads;
-      if (segment < (s.*kind).count) body(s, HeadBlock{h, h + 1}, segment);
+      if (segment < (s.*kind).count) body(s, h, segment);
     });
   }
 };

@@ -56,26 +56,28 @@ FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, i
   using Real = typename Arith::Accumulator;
   constexpr int L = kLanes<Real>;
   Vector<Real> sum[Rows][Vectors];
-#pragma GCC unroll 6
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j)
-      sum[i][j] = Accumulate ? load(C + i * ldc + j * L) : Vector<Real>{};
+  unroll<Rows>([&](auto i) FASTATTN_INLINE_LAMBDA {
+    const Real* row = C + i * ldc;
+    unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA {
+      sum[i][j] = Accumulate ? load(row + j * L) : Vector<Real>{};
+    });
+  });
   for (int64_t k = 0; k < K; ++k) {
     decltype(Arith::load_b(B)) b[Vectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) b[j] = Arith::load_b(B + k * ldb + j * L);
-#pragma GCC unroll 6
-    for (int i = 0; i < Rows; ++i) {
-      const auto a = Arith::broadcast(A + i * row_stride + k * k_stride);
-#pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) sum[i][j] = Arith::multiply_add(a, b[j], sum[i][j]);
-    }
+    unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA { b[j] = Arith::load_b(B + j * L); });
+    unroll<Rows>([&](auto i) FASTATTN_INLINE_LAMBDA {
+      const auto a = Arith::broadcast(A + i * row_stride);
+      unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA {
+        sum[i][j] = Arith::multiply_add(a, b[j], sum[i][j]);
+      });
+    });
+    A += k_stride;
+    B += ldb;
   }
-#pragma GCC unroll 6
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) store(C + i * ldc + j * L, sum[i][j]);
+  unroll<Rows>([&](auto i) FASTATTN_INLINE_LAMBDA {
+    Real* row = C + i * ldc;
+    unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA { store(row + j * L, sum[i][j]); });
+  });
 }
 
 // One panel of `Vectors` columns; the last rows take a smaller block.

@@ -83,18 +83,6 @@ struct LocalState {
   Real* z;
 };
 
-// The states of several heads, one after another.
-template <class Real>
-struct LocalStates {
-  Real* data;
-  int64_t S_size, z_size;
-
-  int64_t stride() const { return S_size + z_size; }
-  LocalState<Real> operator[](int64_t i) const {
-    return {data + i * stride(), data + i * stride() + S_size};
-  }
-};
-
 // Sizes every kernel needs, once.
 template <class Real>
 struct Sizes {
@@ -110,13 +98,15 @@ struct Sizes {
   // S has feature_width rows so that its transpose has whole vectors.
   int64_t state_stride() const { return feature_width * (value_width + 1); }
 
-  LocalStates<Real> states_at(Real* data) const {
-    return {data, feature_width * value_width, feature_width};
+  // The state at `index` of an array of them, or in scratch.
+  LocalState<Real> state_at(Real* data, int64_t index) const {
+    Real* S = data + index * state_stride();
+    return {S, S + feature_width * value_width};
   }
 
   template <class Scratch>
-  LocalStates<Real> take_states(Scratch& scratch, int64_t count) const {
-    return states_at(scratch.template take<Real>(count * state_stride()));
+  LocalState<Real> take_state(Scratch& scratch) const {
+    return state_at(scratch.template take<Real>(state_stride()), 0);
   }
 
   void clear(LocalState<Real> state) const {

@@ -38,7 +38,7 @@ class Recurrent : private Call<Real> {
     Base::for_heads([&](const Sequence& s, int64_t h) {
       Scratch scratch;
       const Token token(n_, scratch);
-      const auto state = n_.take_states(scratch, 1)[0];
+      const auto state = n_.take_state(scratch);
       n_.read(a_.initial, Base::head(s, h), state);
       for (int64_t i = 0; i < s.keys.count; ++i) {
         if (p_.needs_grad && i > 0)
@@ -67,12 +67,12 @@ class Recurrent : private Call<Real> {
                const Token& token) const {
     const MaskRow mask = Base::mask_at(s.batch, s.key_begin + t);
     Real inverse_norm;
-    Base::read_keys(s, {h, h + 1}, t, 1, mask, {token.phi_k, n_.feature_width, 0});
-    Base::read_values(s, {h, h + 1}, t, 1, mask, {token.value, n_.value_width, 0});
+    Base::read_keys(s, h, t, 1, mask, token.phi_k);
+    Base::read_values(s, h, t, 1, mask, token.value);
     phi_.of_keys(1, mask, {}, token.phi_k, &inverse_norm);
     for (int64_t f = 0; f < n_.features; ++f) state.z[f] += token.phi_k[f];
-    for (int64_t q = h * n_.group; q < (h + 1) * n_.group; ++q) {
-      Base::read_queries(s, {q, q + 1}, t, 1, {token.phi_q, n_.feature_width, 0});
+    Base::for_query_heads(h, [&](int64_t q) {
+      Base::read_queries(s, q, t, 1, token.phi_q);
       phi_.of_queries(1, token.phi_q, &inverse_norm);
       if (q == h * n_.group)
         update_and_read<true>(state.S, ld, token);
@@ -83,8 +83,8 @@ class Recurrent : private Call<Real> {
         for (int64_t f = 0; f < n_.features; ++f) den += token.phi_q[f] * state.z[f];
         scale_row(token.out, inverse_denominator<Real>(den, p_.eps), n_.value_width);
       }
-      write_row(a_.out, a_.out.offset(s.batch, q, s.query_begin + t), p_.dtype, n_.values, token.out);
-    }
+      Base::write_out(s, q, t, 1, token.out);
+    });
   }
 
   // out = phi(q) S, after S += phi(k) v^T where `Update`.

@@ -20,6 +20,7 @@
 #endif
 
 #define FASTATTN_INLINE inline __attribute__((always_inline))
+#define FASTATTN_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -61,9 +62,22 @@ FASTATTN_INLINE void store(Real* p, Vector<Real> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// x - 0 is x for every x, so this is one broadcast; x + 0 is not (of -0), and would be computed.
 template <class Real>
 FASTATTN_INLINE Vector<Real> splat(Real x) {
-  return Vector<Real>{} + x;
+  return x - Vector<Real>{};
+}
+
+// body(0), ..., body(n - 1), each with its number as a constant: unrolled before the compiler
+// decides what lives in registers.
+template <class Body, int... I>
+FASTATTN_INLINE void unroll(const Body& body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+
+template <int n, class Body>
+FASTATTN_INLINE void unroll(const Body& body) {
+  unroll(body, std::make_integer_sequence<int, n>{});
 }
 
 template <class Real>
@@ -119,6 +133,21 @@ FASTATTN_INLINE Real sum_lanes(Vector<Real> v) {
   for (int width = kLanes<Real> / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) x[i] += x[i + width];
   return x[0];
+}
+
+// Lane r is the sum of the lanes of rows[r]: a tree that halves the number of vectors at each stage.
+template <class Real, int Step = 1>
+FASTATTN_INLINE Vector<Real> sums_of_lanes(Vector<Real> (&rows)[kLanes<Real>]) {
+  if constexpr (Step == kLanes<Real>) {
+    return rows[0];
+  } else {
+    unroll<kLanes<Real> / (2 * Step)>([&](auto i) FASTATTN_INLINE_LAMBDA {
+      Vector<Real>&a = rows[2 * i * Step], &b = rows[(2 * i + 1) * Step];
+      exchange<Real, Step>(a, b, std::make_integer_sequence<int, kLanes<Real>>{});
+      a += b;
+    });
+    return sums_of_lanes<Real, 2 * Step>(rows);
+  }
 }
 
 template <class Real>

@@ -102,46 +102,25 @@ struct MaskRow {
   FASTATTN_INLINE bool keeps(int64_t token) const { return !data || data[token * stride]; }
 };
 
-// Tiles of neighbouring heads, one after another: rows of `width` numbers, a tile every `size`.
+// Reads `rows` tokens of one head into a tile with rows of `width` numbers, n of them from memory.
+// Rows of masked keys are read as zeros, so that nothing in them (a NaN) can spread.
 template <class Real>
-struct Tiles {
-  Real* data;
-  int64_t width, size;
-
-  Real* operator[](int64_t head) const { return data + head * size; }
-};
-
-// Neighbouring heads [begin, end).
-struct HeadBlock {
-  int64_t begin, end;
-
-  int64_t size() const { return end - begin; }
-};
-
-// Reads n numbers a row, for `rows` tokens of every head of a block. Tokens are the outer loop: in
-// (B, N, H, D) memory the heads of a token lie side by side, and walking one head alone would touch
-// a fraction of a page, and the same few cache sets, token after token. Rows of masked keys are
-// read as zeros, so that nothing in them (a NaN) can spread.
-template <class Real>
-void read_tiles(const Strided& source, int64_t batch, HeadBlock heads, int64_t token, int64_t rows,
-                DType dtype, int64_t n, MaskRow mask, Tiles<Real> tiles) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t h = heads.begin; h < heads.end; ++h) {
-      Real* row = tiles[h - heads.begin] + r * tiles.width;
-      if (mask.keeps(r))
-        read_row(source, source.offset(batch, h, token + r), dtype, n, row, tiles.width);
-      else
-        for (int64_t i = 0; i < tiles.width; ++i) row[i] = 0;
-    }
+void read_tile(const Strided& source, int64_t batch, int64_t head, int64_t token, int64_t rows,
+               DType dtype, int64_t n, MaskRow mask, Real* tile, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) {
+    Real* row = tile + r * width;
+    if (mask.keeps(r))
+      read_row(source, source.offset(batch, head, token + r), dtype, n, row, width);
+    else
+      for (int64_t i = 0; i < width; ++i) row[i] = 0;
+  }
 }
 
 template <class Real>
-void write_tiles(const Strided& target, int64_t batch, HeadBlock heads, int64_t token, int64_t rows,
-                 DType dtype, int64_t n, Tiles<Real> tiles) {
+void write_tile(const Strided& target, int64_t batch, int64_t head, int64_t token, int64_t rows,
+                DType dtype, int64_t n, const Real* tile, int64_t width) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t h = heads.begin; h < heads.end; ++h)
-      write_row(target, target.offset(batch, h, token + r), dtype, n,
-                tiles[h - heads.begin] + r * tiles.width);
+    write_row(target, target.offset(batch, head, token + r), dtype, n, tile + r * width);
 }
 
 // Asks for memory ahead of its use, some lines at each call: between the blocks of a product, so
@@ -193,6 +172,48 @@ FASTATTN_INLINE Real dot(const Real* a, const Real* b, int64_t n) {
   return sum_lanes<Real>(sum);
 }
 
+// sums[r] = a[r] . b[r] for r < count, and 0 up to the next whole vector. Rows have n numbers; those
+// of b are `b_stride` apart: 0 takes one row for all. Vectors of rows share one tree of additions,
+// so a row's sum never depends on its place.
+template <class Real>
+void dots(const Real* a, const Real* b, int64_t b_stride, int64_t count, int64_t n, Real* sums) {
+  constexpr int L = kLanes<Real>;
+  for (int64_t r = 0; r < count; r += L) {
+    Vector<Real> partial[L]{};
+    const int64_t end = count - r < L ? count - r : L;
+    for (int64_t i = 0; i < end; ++i)
+      for (int64_t j = 0; j < n; j += L)
+        partial[i] += load(a + (r + i) * n + j) * load(b + (r + i) * b_stride + j);
+    store(sums + r, sums_of_lanes<Real>(partial));
+  }
+}
+
+// sums[r] = y + rows[0] + ... + rows[r], for `count` rows of n numbers; y becomes the last of them.
+// Without `Keep` only y is wanted.
+template <bool Keep, class Real>
+void running_sums(Real* y, const Real* rows, int64_t count, int64_t n, Real* sums) {
+  constexpr int L = kLanes<Real>;
+  const auto columns = [&](int64_t i, auto vectors) FASTATTN_INLINE_LAMBDA {
+    Vector<Real> sum[vectors];
+    unroll<vectors>([&](auto j) FASTATTN_INLINE_LAMBDA { sum[j] = load(y + i + j * L); });
+    for (int64_t r = 0; r < count; ++r)
+      unroll<vectors>([&](auto j) FASTATTN_INLINE_LAMBDA {
+        sum[j] += load(rows + r * n + i + j * L);
+        if constexpr (Keep) store(sums + r * n + i + j * L, sum[j]);
+      });
+    unroll<vectors>([&](auto j) FASTATTN_INLINE_LAMBDA { store(y + i + j * L, sum[j]); });
+  };
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) columns(i, std::integral_constant<int, 4>{});
+  for (; i < n; i += L) columns(i, std::integral_constant<int, 1>{});
+}
+
+// y += the sum of `count` rows of n numbers.
+template <class Real>
+void add_rows(Real* y, const Real* rows, int64_t count, int64_t n) {
+  running_sums<false>(y, rows, count, n, static_cast<Real*>(nullptr));
+}
+
 // y += a x
 template <class Real>
 FASTATTN_INLINE void add_scaled(Real* y, const Real* x, Real a, int64_t n) {
@@ -213,6 +234,11 @@ FASTATTN_INLINE void sum_of(Real* y, const Real* a, const Real* b, int64_t n) {
 template <class Real>
 FASTATTN_INLINE void scale_row(Real* y, Real a, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<Real>) store(y + i, load(y + i) * a);
+}
+
+template <class Real>
+FASTATTN_INLINE void add_to_row(Real* y, Real a, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<Real>) store(y + i, load(y + i) + a);
 }
 
 template <class Real>
