@@ -29,8 +29,6 @@ FASTATTN_INLINE void invert_denominators(Real* den, int64_t n, double eps) {
   }
 }
 
-constexpr int64_t kTileRows = 64;  // tokens of a tile
-
 // What gradients need of the denominators of a tile of queries.
 template <class Real>
 struct Denominators {

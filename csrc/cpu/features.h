@@ -38,51 +38,35 @@ class Features {
 
   // In place: tile[r] = phi(scale tile[r]); inverse_norm[r] = 1 / |scale q[r]| for cosine.
   void of_queries(int64_t rows, Real* tile, Real* inverse_norm) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      Real* row = tile + r * width_;
-      if (scale_ != Real{1}) scale_row(row, scale_, width_);
-      switch (map_) {
-        case FeatureMap::exp:
-          if (normalize_)
-            exp_row(row, largest(row));
-          else
-            clamped_exp_row(row);
-          break;
-        case FeatureMap::efficient:
-          softmax_row(row);
-          break;
-        default:
-          apply(row, inverse_norm + r);
-      }
-    }
+    if (scale_ != Real{1}) scale_row(tile, scale_, rows * width_);
+    if (map_ == FeatureMap::efficient)
+      for_rows(rows, tile, [&](int64_t, Real* row) { softmax_row(row); });
+    else if (map_ == FeatureMap::exp && normalize_)
+      for_rows(rows, tile, [&](int64_t, Real* row) { exp_row(row, largest(row)); });
+    else
+      apply(rows, tile, inverse_norm);
   }
 
   // In place: tile[r] = phi(tile[r]), or 0 where masked.
   void of_keys(int64_t rows, MaskRow mask, const ColumnStatistics<Real>& columns, Real* tile,
                Real* inverse_norm) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      Real* row = tile + r * width_;
-      if (!mask.keeps(r)) {
-        zero(row, width_);
-        inverse_norm[r] = 0;
-        continue;
-      }
-      switch (map_) {
-        case FeatureMap::exp:
-          clamped_exp_row(row);
-          break;
-        case FeatureMap::efficient:
-          for (int64_t i = 0; i < width_; i += L) {
-            V x = exp(load(row + i) - load(columns.maximum + i));
-            if (columns.inverse_sum) x *= load(columns.inverse_sum + i);
-            store(row + i, x);
-          }
-          clear_padding(row);
-          break;
-        default:
-          apply(row, inverse_norm + r);
-      }
-    }
+    if (map_ == FeatureMap::efficient)
+      for_rows(rows, tile, [&](int64_t, Real* row) {
+        for (int64_t i = 0; i < width_; i += L) {
+          V x = exp(load(row + i) - load(columns.maximum + i));
+          if (columns.inverse_sum) x *= load(columns.inverse_sum + i);
+          store(row + i, x);
+        }
+        clear_padding(row);
+      });
+    else
+      apply(rows, tile, inverse_norm);
+    if (!mask.data) return;
+    for_rows(rows, tile, [&](int64_t r, Real* row) {
+      if (mask.keeps(r)) return;
+      zero(row, width_);
+      inverse_norm[r] = 0;
+    });
   }
 
   // maximum[i] = max over unmasked rows: exact, so its order does not matter.
@@ -98,103 +82,98 @@ class Features {
   // Chain rule, in place: gradient holds d/dphi on entry and d/dq on return.
   void chain_queries(const Real* tile, const Real* inverse_norm, int64_t rows,
                      Real* gradient) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const Real* phi = tile + r * width_;
-      Real* g = gradient + r * width_;
-      switch (map_) {
-        case FeatureMap::exp:
-          if (normalize_)
-            each(phi, g, [](V p, V d) { return p * d; });  // the maximum cancels in num / den
-          else
-            chain_clamped_exp(phi, g);
-          break;
-        case FeatureMap::efficient:
-          chain_softmax(phi, g);
-          break;
-        default:
-          chain(phi, inverse_norm[r], g);
-      }
-      if (scale_ != Real{1}) scale_row(g, scale_, width_);
-    }
+    if (map_ == FeatureMap::efficient)
+      for_rows(rows, gradient, [&](int64_t r, Real* g) { chain_softmax(tile + r * width_, g); });
+    else if (map_ == FeatureMap::exp && normalize_)  // the maximum cancels in num / den
+      each(rows * width_, tile, gradient, [](V p, V d) { return p * d; });
+    else
+      chain(rows, tile, inverse_norm, gradient);
+    if (scale_ != Real{1}) scale_row(gradient, scale_, rows * width_);
   }
 
   // The same for keys. column_sum[i] = sum_j phi(k_j)_i dphi(k_j)_i, for `efficient` only.
   void chain_keys(const Real* tile, const Real* inverse_norm, int64_t rows, MaskRow mask,
                   const Real* column_sum, Real* gradient) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const Real* phi = tile + r * width_;
-      Real* g = gradient + r * width_;
-      if (!mask.keeps(r)) {
-        zero(g, width_);
-        continue;
-      }
-      switch (map_) {
-        case FeatureMap::exp:
-          chain_clamped_exp(phi, g);
-          break;
-        case FeatureMap::efficient:
-          for (int64_t i = 0; i < width_; i += L)
-            store(g + i, load(phi + i) * (load(g + i) - load(column_sum + i)));
-          break;
-        default:
-          chain(phi, inverse_norm[r], g);
-      }
-    }
+    if (map_ == FeatureMap::efficient)
+      for_rows(rows, gradient, [&](int64_t r, Real* g) {
+        const Real* phi = tile + r * width_;
+        for (int64_t i = 0; i < width_; i += L)
+          store(g + i, load(phi + i) * (load(g + i) - load(column_sum + i)));
+      });
+    else
+      chain(rows, tile, inverse_norm, gradient);
+    if (!mask.data) return;
+    for_rows(rows, gradient, [&](int64_t r, Real* g) {
+      if (!mask.keeps(r)) zero(g, width_);
+    });
   }
 
  private:
-  // Maps that treat queries and keys alike.
-  void apply(Real* row, Real* inverse_norm) const {
+  // Maps that treat queries and keys alike. Elementwise ones take the tile as one long row.
+  void apply(int64_t rows, Real* tile, Real* inverse_norm) const {
     const V nil{}, one = splat(Real{1});
     switch (map_) {
       case FeatureMap::elu:
-        for (int64_t i = 0; i < width_; i += L) {
-          const V x = load(row + i);
-          store(row + i, phi_elu(x, exp(minimum<Real>(x, nil)), nil, one));
-        }
-        clear_padding(row);
-        break;
+        each(rows * width_, tile, tile, [=](V x, V) {
+          return phi_elu(x, exp(minimum<Real>(x, nil)), nil, one);
+        });
+        return clear_padding(rows, tile);
       case FeatureMap::relu:
-        for (int64_t i = 0; i < width_; i += L) store(row + i, phi_relu(load(row + i), nil));
-        break;
+        return each(rows * width_, tile, tile, [=](V x, V) { return phi_relu(x, nil); });
+      case FeatureMap::exp:
+        clamped_exp(rows * width_, tile);
+        return clear_padding(rows, tile);
       case FeatureMap::softmax:
-        softmax_row(row);
-        break;
+        return for_rows(rows, tile, [&](int64_t, Real* row) { softmax_row(row); });
       case FeatureMap::cosine:
-        cosine_row(row, inverse_norm);
-        break;
+        return for_rows(rows, tile, [&](int64_t r, Real* row) { cosine_row(row, inverse_norm + r); });
       default:  // identity
-        break;
+        return;
     }
   }
 
-  void chain(const Real* phi, Real inverse_norm, Real* g) const {
-    const V nil{}, one = splat(Real{1});
+  void chain(int64_t rows, const Real* tile, const Real* inverse_norm, Real* gradient) const {
+    const V nil{}, one = splat(Real{1}), top = splat(static_cast<Real>(kExpOfClamp));
     switch (map_) {
       case FeatureMap::elu:
-        each(phi, g, [=](V p, V d) { return slope_elu(p, one) * d; });
-        break;
+        return each(rows * width_, tile, gradient, [=](V p, V d) { return slope_elu(p, one) * d; });
       case FeatureMap::relu:
-        each(phi, g, [=](V p, V d) { return slope_relu(p, nil, one) * d; });
-        break;
+        return each(rows * width_, tile, gradient,
+                    [=](V p, V d) { return slope_relu(p, nil, one) * d; });
+      case FeatureMap::exp:
+        return each(rows * width_, tile, gradient,
+                    [=](V p, V d) { return slope_exp(p, nil, top) * d; });
       case FeatureMap::softmax:
-        chain_softmax(phi, g);
-        break;
+        return for_rows(rows, gradient,
+                        [&](int64_t r, Real* g) { chain_softmax(tile + r * width_, g); });
       case FeatureMap::cosine:
-        chain_cosine(phi, inverse_norm, g);
-        break;
+        return for_rows(rows, gradient, [&](int64_t r, Real* g) {
+          chain_cosine(tile + r * width_, inverse_norm[r], g);
+        });
       default:
-        break;
+        return;
     }
   }
 
+  // body(r, row r of the tile)
+  template <class Body>
+  void for_rows(int64_t rows, Real* tile, const Body& body) const {
+    for (int64_t r = 0; r < rows; ++r) body(r, tile + r * width_);
+  }
+
+  // g = f(phi, g) for n numbers
   template <class Function>
-  void each(const Real* phi, Real* g, Function f) const {
-    for (int64_t i = 0; i < width_; i += L) store(g + i, f(load(phi + i), load(g + i)));
+  static void each(int64_t n, const Real* phi, Real* g, Function f) {
+    for (int64_t i = 0; i < n; i += L) store(g + i, f(load(phi + i), load(g + i)));
   }
 
   void clear_padding(Real* row) const {
     for (int64_t i = features_; i < width_; ++i) row[i] = 0;
+  }
+
+  void clear_padding(int64_t rows, Real* tile) const {
+    if (features_ == width_) return;
+    for_rows(rows, tile, [&](int64_t, Real* row) { clear_padding(row); });
   }
 
   Real largest(const Real* row) const {
@@ -208,23 +187,17 @@ class Features {
     clear_padding(row);
   }
 
-  void clamped_exp_row(Real* row) const {
+  static void clamped_exp(int64_t n, Real* row) {
     const V clamp = splat(static_cast<Real>(kExpClamp));
     const V top = splat(static_cast<Real>(kExpOfClamp));
-    for (int64_t i = 0; i < width_; i += L) {
+    for (int64_t i = 0; i < n; i += L) {
       const V x = load(row + i);
       store(row + i, x > clamp ? top : minimum<Real>(exp(x), below(top)));
     }
-    clear_padding(row);
   }
 
   // The largest number under `top`, so that phi == top says "clamped" and nothing else does.
   static V below(V top) { return top * (Real{1} - std::numeric_limits<Real>::epsilon()); }
-
-  void chain_clamped_exp(const Real* phi, Real* g) const {
-    const V nil{}, top = splat(static_cast<Real>(kExpOfClamp));
-    each(phi, g, [=](V p, V d) { return slope_exp(p, nil, top) * d; });
-  }
 
   void softmax_row(Real* row) const {
     exp_row(row, largest(row));
@@ -235,7 +208,7 @@ class Features {
 
   void chain_softmax(const Real* phi, Real* g) const {
     const Real mean = dot(phi, g, width_);
-    each(phi, g, [=](V p, V d) { return p * (d - mean); });
+    each(width_, phi, g, [=](V p, V d) { return p * (d - mean); });
   }
 
   // Features [1, x / |x|]; a zero vector has no direction: [1, 0, ...], gradient 0. The row is

@@ -12,15 +12,16 @@
 
 namespace fastattn {
 
-constexpr int64_t kSegmentTokens = 1024;  // at least; 16 KB rows of state per MB of tokens at d=64
-constexpr int64_t kMaxSegments = 64;      // bounds the states kept for one sequence
+constexpr int64_t kTileRows = 48;  // tokens of a tile: eight blocks of six rows, three vectors
+constexpr int64_t kSegmentTokens = 22 * kTileRows;  // at least
+constexpr int64_t kMaxSegments = 64;                // bounds the states kept for one sequence
 
 struct Segments {
   int64_t length = 0, count = 0, tokens = 0;
 
   explicit Segments(int64_t n = 0) : tokens(n) {
     const int64_t share = (n + kMaxSegments - 1) / kMaxSegments;
-    length = std::max(kSegmentTokens, (share + 63) / 64 * 64);
+    length = std::max(kSegmentTokens, (share + kTileRows - 1) / kTileRows * kTileRows);
     count = (n + length - 1) / length;
   }
   int64_t begin(int64_t segment) const { return segment * length; }

@@ -29,7 +29,8 @@ from fastattn.ops.problem import Problem
 ISA_VARIABLE = "FASTATTN_CPU_ISA"
 
 _MAX_DIM = 256
-_SEGMENT_TOKENS, _MAX_SEGMENTS = 1024, 64  # kSegmentTokens, kMaxSegments
+_TILE_ROWS = 48  # kTileRows and so on, in csrc/cpu/segments.h
+_SEGMENT_TOKENS, _MAX_SEGMENTS = 22 * _TILE_ROWS, 64
 
 
 def _join_torch_threads() -> None:
@@ -95,7 +96,9 @@ class CPUBackend:
             anchors = M // _SEGMENT_TOKENS
         else:
             share = (M + _MAX_SEGMENTS - 1) // _MAX_SEGMENTS
-            length = torch.sym_max(_SEGMENT_TOKENS, (share + 63) // 64 * 64)
+            length = torch.sym_max(
+                _SEGMENT_TOKENS, (share + _TILE_ROWS - 1) // _TILE_ROWS * _TILE_ROWS
+            )
             anchors = problem.batch * torch.sym_max((M - 1) // length, 0)
         # Two elements too many: a size that may be 0 or 1 is one that torch.export specialises on.
         return anchors * problem.num_kv_heads * state_size + 2
