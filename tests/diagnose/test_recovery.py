@@ -1,4 +1,4 @@
-"""A model that was recovered after the swap is closer to its original again, and diagnose sees it."""
+"""A model that was recovered after the swap is closer to its original again, as diagnose sees."""
 
 from __future__ import annotations
 
