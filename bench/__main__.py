@@ -46,6 +46,7 @@ def main() -> int:
             console.print(case.name, highlight=False)
         return 0
     torch.set_num_threads(args.threads)
+    kept = machine.keep_freed_memory()
     settings = peers.Settings(torch.device(args.device), args.backend, not args.no_compile)
     effort = runner.QUICK if args.quick else runner.Effort()
     bounds = limits.measure(args.threads)
@@ -61,7 +62,12 @@ def main() -> int:
     result = {
         "machine": machine.describe(args.threads),
         "limits": asdict(bounds),
-        "settings": {"quick": args.quick, "backend": args.backend, **asdict(effort)},
+        "settings": {
+            "quick": args.quick,
+            "backend": args.backend,
+            "freed_memory_kept": kept,
+            **asdict(effort),
+        },
         "cases": measured,
         "memory": figures,
     }
