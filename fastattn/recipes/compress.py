@@ -24,8 +24,6 @@ from transformers import AutoModelForSequenceClassification
 
 from fastattn.recipes.errors import ModelError
 from fastattn.recipes.linearize import (
-    CHECKPOINTS,
-    FEATURE_MAP_RATE,
     Arguments,
     Job,
     extend,
@@ -51,10 +49,11 @@ class CompressArguments(Arguments):
     """What a run is asked to do; the results depend on nothing else.
 
     num_layers: of the result, a divisor of the model's; None: as many. attention: "softmax" or
-    "linear". first: start from the first layers rather than from those spread over the model.
-    base: share that is replaced at the first step; it rises to all at the last. match: weight of
-    the loss on the outputs of what is replaced. metric: what the result is tuned on after
-    distillation, one of ``fastattn.recipes.tune.METRICS``; None: it is not.
+    "linear". layers: indices, in the result, of those to make linear; None: all. first: start from
+    the first layers rather than from those spread over the model. base: share that is replaced at
+    the first step; it rises to all at the last. match: weight of the loss on the outputs of what
+    is replaced. metric: what the result is tuned on after distillation, one of
+    ``fastattn.recipes.tune.METRICS``; None: it is not.
     """
 
     num_layers: int | None = None
@@ -97,6 +96,12 @@ class CompressJob(Job[CompressArguments]):
     student = "replace"
     final = "compressed"
 
+    @property
+    def transfer_layers(self) -> tuple[int, ...] | None:
+        """``layers`` are those of the result: of as many, the same, else which is seen later."""
+        depth = load_config(self.stage_folder("softmax")).num_hidden_layers
+        return self.arguments.layers if self.arguments.num_layers in (None, depth) else None
+
     def replace(self, folder: Path) -> Results:
         args = self.arguments
         predecessor = extend(load_model(self.stage_folder("softmax")), args.student_length)
@@ -108,6 +113,7 @@ class CompressJob(Job[CompressArguments]):
             args.num_layers,
             args.attention,  # type: ignore[arg-type]
             args.feature_map,
+            linear_layers=args.layers,
             start=start,
             first=args.first,
             match=args.match,
@@ -119,18 +125,10 @@ class CompressJob(Job[CompressArguments]):
             settings = self.settings("replace", train)
             steps = settings.epochs * len(train) / settings.batch_size
             theseus.schedule = LinearSchedule.over(int(steps), base=args.base)
-            with without_dropout(theseus):
-                results["train_loss"] = fit(
-                    theseus,
-                    train,
-                    self.tokenizer,
-                    self.distillation_loss(args.match),
-                    settings,
-                    folder / CHECKPOINTS,
-                    "Replacing",
-                    {"feature_map": FEATURE_MAP_RATE},
-                    [TheseusCallback(theseus)],
-                )
+            callback = TheseusCallback(theseus)
+            results["train_loss"] = self.imitate(
+                theseus, settings, folder, "Replacing", match=args.match, callbacks=[callback]
+            )
         model = theseus.export()
         results["replaced"] = self.scores(model, args.student_length, "Evaluating the successor")
         self.save(model, folder)
@@ -183,8 +181,6 @@ def _check(arguments: CompressArguments, config: PretrainedConfig) -> None:
             f"nothing to do: {arguments.model} has {config.num_hidden_layers} layers already; give "
             "fewer --layers, or --attention linear"
         )
-    if arguments.layers is not None:
-        raise ModelError("compress makes all layers linear, or none")
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
@@ -193,6 +189,7 @@ def _check(arguments: CompressArguments, config: PretrainedConfig) -> None:
                 arguments.num_layers,
                 arguments.attention,  # type: ignore[arg-type]
                 arguments.feature_map,
+                linear_layers=arguments.layers,
             )
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"this model can't be compressed so: {error}") from error

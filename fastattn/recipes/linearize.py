@@ -15,20 +15,23 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
 
 from fastattn.models.conversion import is_linear
 from fastattn.models.positions import position_limit
+from fastattn.recipes.augment import ChangingCollator
 from fastattn.recipes.data import Task, limit_train, load_task, tokenize
 from fastattn.recipes.errors import ModelError
 from fastattn.recipes.evaluate import evaluate, predict
-from fastattn.recipes.losses import distillation_loss, task_loss
+from fastattn.recipes.losses import distillation_loss, imitation_loss, task_loss
 from fastattn.recipes.models import (
     check_supported,
     is_fine_tuned,
@@ -64,8 +67,10 @@ class Arguments:
     most 512. extend_to: tokens the linear model reads, with its positions extended; None: the
     same. layers: indices of the layers to make linear; None: all. fine_tune: whether to fine-tune
     the softmax model; None: if it has no trained head. batch_size: rows a step; None: 8 to 64 by
-    the length of the texts. lengths: input lengths to measure. The epochs, if None, are those of
-    ``DEFAULT_EPOCHS``, and more where the data are so few that these would be a few hundred steps.
+    the length of the texts. change: ask the softmax model about changed texts, too. hidden: weight
+    of the loss on hidden states in distillation. lengths: input lengths to measure. The epochs, if
+    None, are those of ``DEFAULT_EPOCHS``, and more where the data are so few that these would be a
+    few hundred steps.
     """
 
     model: Path
@@ -83,6 +88,8 @@ class Arguments:
     fine_tune_rate: float = 1e-4
     transfer_rate: float = 2e-2
     distill_rate: float = 7e-5
+    change: bool = True
+    hidden: float = 1.0
     batch_size: int | None = None
     bf16: bool = False
     seed: int = 0
@@ -195,7 +202,7 @@ class Job(Generic[ArgumentsT]):
 
         args = self.arguments
         model = extend(load_model(self.stage_folder("softmax")), args.student_length)
-        fastattn.linearize(model, feature_map=args.feature_map, layers=args.layers)
+        fastattn.linearize(model, feature_map=args.feature_map, layers=self.transfer_layers)
         results: Results = {
             "swapped": self.scores(model, args.student_length, "Evaluating the bare swap")
         }
@@ -205,6 +212,11 @@ class Job(Generic[ArgumentsT]):
             )
         self.save(model, folder)
         return results
+
+    @property
+    def transfer_layers(self) -> tuple[int, ...] | None:
+        """Layers of the softmax model that get feature maps; None: all."""
+        return self.arguments.layers
 
     def _fit_feature_maps(self, model: PreTrainedModel, folder: Path, results: Results) -> bool:
         """Attention transfer; False if the feature map has nothing to learn."""
@@ -234,23 +246,58 @@ class Job(Generic[ArgumentsT]):
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
             freeze_embeddings(model)
-            train = self.tokens("train", args.student_length)
-            settings = self.settings("distill", train)
-            with without_dropout(model):
-                results["train_loss"] = fit(
-                    model,
-                    train,
-                    self.tokenizer,
-                    self.distillation_loss(),
-                    settings,
-                    folder / CHECKPOINTS,
-                    "Distilling",
-                    {"feature_map": FEATURE_MAP_RATE},
-                )
+            settings = self.settings("distill", self.tokens("train", args.student_length))
+            results["train_loss"] = self.imitate(
+                model, settings, folder, "Distilling", hidden=args.hidden
+            )
         results[self.final] = self.scores(model, args.student_length, "Evaluating the result")
         self.save(model, folder)
         self.save(model, self.output)
         return results
+
+    def imitate(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        folder: Path,
+        description: str,
+        *,
+        match: float = 0.0,
+        hidden: float = 0.0,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> float:
+        """Train ``model`` towards the softmax model's predictions and the labels; returns the loss.
+
+        Where both read the same tokens, the teacher is asked about changed texts as well, and
+        for its hidden states. Where the student reads on, the teacher's predictions of what it
+        reads itself are all there is.
+        """
+        args = self.arguments
+        train = self.tokens("train", args.student_length)
+        options: dict[str, Any] = {"task_weight": TASK_WEIGHT, "temperature": TEMPERATURE}
+        collator = None
+        if args.student_length == args.max_length:
+            teacher = load_model(self.stage_folder("softmax")).eval().requires_grad_(False)
+            loss = imitation_loss(teacher, match=match, hidden=hidden, bf16=args.bf16, **options)
+            if args.change:
+                collator = ChangingCollator(
+                    self.tokenizer, args.student_length, join=not self.task.has_pairs
+                )
+        else:
+            loss = distillation_loss(self.teacher_logits(), match=match, **options)
+        with without_dropout(model):
+            return fit(
+                model,
+                train,
+                self.tokenizer,
+                loss,
+                settings,
+                folder / CHECKPOINTS,
+                description,
+                {"feature_map": FEATURE_MAP_RATE},
+                callbacks,
+                collator,
+            )
 
     def measure(self, folder: Path) -> Results:
         from fastattn.recipes.measure import measure

@@ -129,6 +129,7 @@ def fit(
     description: str,
     learning_rates: dict[str, float] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    collator: Collator | None = None,
     note: Callable[[], str] | None = None,
 ) -> float:
     """Train the parameters of ``model`` that require gradients, in place.
@@ -139,6 +140,7 @@ def fit(
             training goes on from it.
         learning_rates: factor on the learning rate of the parameters whose name contains the key.
         callbacks: more for the Trainer.
+        collator: another than ``Collator``.
         note: what stands beside the progress; by default the loss.
 
     Returns:
@@ -167,7 +169,7 @@ def fit(
     trainer = _Trainer(
         model,
         arguments,
-        data_collator=Collator(tokenizer),
+        data_collator=collator or Collator(tokenizer),
         train_dataset=dataset,
         loss=loss,
         learning_rates=learning_rates or {},

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastattn.models.conversion import is_linear, linearize
-from fastattn.models.families import attention_modules, is_local
+from fastattn.models.conversion import check_settings, is_linear, linearize
+from fastattn.models.families import attention_modules
 from fastattn.theseus.gates import draw
 from fastattn.theseus.layers import forget_captures, keep_layers, layer_list, set_submodule
 from fastattn.theseus.replaceable import Replaceable
@@ -43,6 +43,8 @@ class Theseus(nn.Module):
         schedule: of the share replaced; default the paper's.
         layers: name of the ``nn.ModuleList`` of layers in ``predecessor``; default: found for the
             families of ``linearize``.
+        linear_layers: indices, in the successor, of the layers that get linear attention, all by
+            default; the others keep softmax.
         start: a model of the same shape whose layers the successor starts from instead, such as
             the predecessor with feature maps fitted by attention transfer.
         first: start from the first m layers, as the paper does, rather than from the first layer
@@ -53,7 +55,7 @@ class Theseus(nn.Module):
         seed: of the gates.
 
     Raises:
-        ValueError: m that does not divide n, or an unknown word.
+        ValueError: m that does not divide n, a layer that isn't there, or an unknown word.
         NotImplementedError: a model whose layers aren't known, or without linear attention.
     """
 
@@ -66,6 +68,7 @@ class Theseus(nn.Module):
         schedule: Schedule | None = None,
         *,
         layers: str | None = None,
+        linear_layers: Sequence[int] | None = None,
         start: nn.Module | None = None,
         first: bool = False,
         match: float = 0.0,
@@ -76,6 +79,8 @@ class Theseus(nn.Module):
             raise ValueError(f"attention must be 'softmax' or 'linear'; got {attention!r}")
         if match < 0:
             raise ValueError(f"match must not be negative; got {match}")
+        if linear_layers is not None and attention != "linear":
+            raise ValueError(f"linear_layers={linear_layers!r} needs attention='linear'")
         self.schedule: Schedule = schedule or LinearSchedule()
         self.match, self.seed = match, seed
         self.steps = 0
@@ -92,8 +97,9 @@ class Theseus(nn.Module):
             linear and not was_linear and num_layers in (None, _depth(predecessor, layers))
         )
         if attention_only:
-            self._slots = [_name_of(new, module) for module in _replaceable_attention(new)]
-            pieces: list[Sequence[nn.Module]] = [[part] for part in _replaceable_attention(old)]
+            chosen = check_settings(new, feature_map, linear_layers)["layers"]
+            self._slots = [_name_of(new, attention_modules(new)[index]) for index in chosen]
+            pieces: list[Sequence[nn.Module]] = [[attention_modules(old)[i]] for i in chosen]
         else:
             name, found = layer_list(old, layers)
             kept, pieces = _divide(found, num_layers, first)
@@ -104,7 +110,7 @@ class Theseus(nn.Module):
             # Softmax layers in a model that hands linear attention's mask through.
             if not was_linear:
                 linearize(old, feature_map, layers=[])
-            _linearize(new, feature_map)
+            _linearize(new, feature_map, linear_layers)
         new.requires_grad_(False)
         for slot, piece in zip(self._slots, pieces, strict=True):
             successor = new.get_submodule(slot).requires_grad_(True)
@@ -239,11 +245,6 @@ def _depth(model: nn.Module, layers: str | None) -> int:
     return int(config.num_hidden_layers)
 
 
-def _replaceable_attention(model: nn.Module) -> list[nn.Module]:
-    """Attention modules but those that attend within a window, which keep softmax."""
-    return [module for module in attention_modules(model) if not is_local(module)]
-
-
 def _layers_name(model: nn.Module, layers: str | None) -> str | None:
     """None where layers share their weights."""
     try:
@@ -268,15 +269,15 @@ def _divide(
     return [i if first else i * width for i in range(m)], pieces
 
 
-def _linearize(model: Any, feature_map: str) -> None:
+def _linearize(model: Any, feature_map: str, layers: Sequence[int] | None) -> None:
     """``linearize``, keeping the learned maps of a model that has them already."""
     maps = {n: p.detach() for n, p in model.named_parameters() if "feature_map" in n}
-    linearize(model, feature_map)
+    linearize(model, feature_map, layers)
     if maps:
-        result = model.load_state_dict(maps, strict=False)
-        missing = [name for name in result.missing_keys if "feature_map" in name]
-        if missing or result.unexpected_keys:
+        wanted = {n: p for n, p in model.named_parameters() if "feature_map" in n}
+        if any(n not in maps or maps[n].shape != p.shape for n, p in wanted.items()):
             raise ValueError(f"start has other feature maps than feature_map={feature_map!r}")
+        model.load_state_dict({name: maps[name] for name in wanted}, strict=False)
 
 
 def _one_type(layers: Sequence[nn.Module]) -> Any:

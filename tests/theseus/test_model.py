@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 import fastattn
+from fastattn.models.families import attention_modules
 from fastattn.theseus import BlendSchedule, ConstantSchedule, LinearSchedule, Theseus
 from tests.theseus.conftest import FAMILIES, inputs, make
 
@@ -311,6 +312,8 @@ def test_any_list_of_layers_the_user_names() -> None:
         ({"attention": "sparse"}, ValueError, "'softmax' or 'linear'; got 'sparse'"),
         ({"attention": "linear", "feature_map": "magic"}, ValueError, "feature_map"),
         ({"num_layers": 2, "match": -1.0}, ValueError, "match"),
+        ({"num_layers": 2, "linear_layers": [0]}, ValueError, "needs attention='linear'"),
+        ({"attention": "linear", "linear_layers": [4]}, ValueError, r"within 0..3; got \[4\]"),
     ],
 )
 def test_bad_arguments_raise(arguments, error, message: str) -> None:
@@ -343,3 +346,39 @@ def test_compiled_branches_give_the_same(whole: bool) -> None:
     for before in passes:
         torch.testing.assert_close(logits(run), before)
     assert len({tuple(p.flatten().tolist()) for p in passes}) > 1
+
+
+@pytest.mark.parametrize("num_layers", [2, 4])
+def test_chosen_layers_stay_softmax(num_layers: int, tmp_path: Path) -> None:
+    predecessor = without_dropout(make())
+    options = {"attention": "linear", "linear_layers": [1]}
+    theseus = Theseus(predecessor, num_layers, schedule=ConstantSchedule(0.0), **options)
+    assert len(theseus.blocks) == (1 if num_layers == 4 else 2)  # attention, or layers
+    torch.testing.assert_close(logits(theseus.train()), logits(predecessor), rtol=1e-5, atol=1e-5)
+    model = theseus.export()
+    assert model.config.fastattn["layers"] == [1]
+    maps = [hasattr(m, "query_feature_map") for m in attention_modules(model)]
+    assert maps == [index == 1 for index in range(num_layers)]
+    assert torch.equal(logits(model), logits(theseus.eval()))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(fastattn.load(tmp_path)), logits(model))
+
+
+def test_modernbert_replaces_attention_of_its_global_layers() -> None:
+    """Its local layers are linear in the length already, so they keep softmax."""
+    types = ["full_attention", "sliding_attention"] * 2
+    predecessor = without_dropout(make("ModernBert", layer_types=types, local_attention=8))
+    theseus = Theseus(predecessor, attention="linear", schedule=ConstantSchedule(0.0)).train()
+    assert len(theseus.blocks) == 2
+    torch.testing.assert_close(logits(theseus), logits(predecessor), rtol=1e-5, atol=1e-5)
+    assert theseus.export().config.fastattn["layers"] == [0, 2]
+
+
+def test_modernbert_with_layers_of_one_kind_loses_some(tmp_path: Path) -> None:
+    predecessor = without_dropout(make("ModernBert", layer_types=["full_attention"] * 4))
+    theseus = Theseus(predecessor, 2, schedule=ConstantSchedule(0.0)).train()
+    torch.testing.assert_close(logits(theseus), logits(predecessor), rtol=1e-5, atol=1e-5)
+    model = theseus.export()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval()), logits(model))
+    assert model.config.layer_types == ["full_attention"] * 2

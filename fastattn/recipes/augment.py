@@ -1,0 +1,84 @@
+"""Texts that are not in the data, for a student to learn more of its teacher from.
+
+A teacher knows the rows it was trained on by heart, so that its predictions of them say little more
+than their labels. Of a text that has been changed it says something new, at no cost in labels
+(Jiao et al. 2020, TinyBERT, https://arxiv.org/abs/1909.10351, who change words with a language
+model; here as in Tang et al. 2019, https://arxiv.org/abs/1903.12136, without one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastattn.recipes.training import Batch, Collator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_LABEL = -100  # what cross entropy leaves out
+
+
+class ChangingCollator(Collator):
+    """As ``Collator``, with every other row changed and without its label.
+
+    Of a changed row a share of the tokens, drawn anew between 0 and ``most``, becomes other tokens
+    of the batch, which are distributed as those of the data are. Before that, half of the changed
+    rows of one text get the text of another row added, unless they become longer than
+    ``max_length``: where the texts to be judged are longer than those of the training data, it
+    helps to have seen such. All draws are from torch's generator.
+
+    Args:
+        join: whether texts may be joined; not where a row is a pair of texts.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, join: bool, most: float = 0.3
+    ) -> None:
+        super().__init__(tokenizer)
+        self.special = set(tokenizer.all_special_ids)
+        self.max_length, self.join, self.most = max_length, join, most
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        pool = [token for row in rows for token in row["input_ids"] if token not in self.special]
+        if not pool:
+            return super().__call__(rows)
+        return super().__call__(
+            [self._change(row, rows, pool) if i % 2 else row for i, row in enumerate(rows)]
+        )
+
+    def _change(
+        self, row: dict[str, Any], rows: Sequence[dict[str, Any]], pool: list[int]
+    ) -> dict[str, Any]:
+        ids = list(row["input_ids"])
+        if self.join and _random() < 0.5:
+            other = rows[_below(len(rows))]["input_ids"]
+            ids = self._joined(ids, [token for token in other if token not in self.special])
+        rate = _random() * self.most
+        chosen = (torch.rand(len(ids)) < rate).tolist()
+        for i, is_chosen in enumerate(chosen):
+            if is_chosen and ids[i] not in self.special:
+                ids[i] = pool[_below(len(pool))]
+        changed = {**row, "input_ids": ids, "label": NO_LABEL}
+        if len(ids) != len(row["input_ids"]):  # of one text, so one value fits all
+            for name in ("attention_mask", "token_type_ids"):
+                if name in row:
+                    changed[name] = [row[name][0]] * len(ids)
+        return changed
+
+    def _joined(self, ids: list[int], more: list[int]) -> list[int]:
+        end = len(ids)
+        while end and ids[end - 1] in self.special:
+            end -= 1
+        joined = ids[:end] + more + ids[end:]
+        return joined if len(joined) <= self.max_length else ids
+
+
+def _random() -> float:
+    return float(torch.rand(()))
+
+
+def _below(limit: int) -> int:
+    return int(torch.randint(limit, ()))
