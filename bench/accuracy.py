@@ -22,9 +22,11 @@ import torch
 from transformers import AutoModel
 
 from fastattn.cli.options import has_bf16, quiet
+from fastattn.recipes.arguments import Arguments
 from fastattn.recipes.compress import CompressArguments, compress
 from fastattn.recipes.data import find_files
-from fastattn.recipes.linearize import Arguments, Job, linearize, prepare
+from fastattn.recipes.job import Job, prepare
+from fastattn.recipes.linearize import linearize
 from fastattn.recipes.models import load_config, load_tokenizer
 from fastattn.recipes.report import write_json
 from fastattn.theseus.layers import keep_layers, layer_list

@@ -24,10 +24,11 @@ import harvest
 
 import fastattn
 from fastattn.cli.options import has_bf16
+from fastattn.recipes.arguments import Arguments
 from fastattn.recipes.compare import compare
 from fastattn.recipes.comparison import plot_comparison, print_comparison
 from fastattn.recipes.compress import CompressArguments, compress
-from fastattn.recipes.linearize import Arguments, linearize
+from fastattn.recipes.linearize import linearize
 from fastattn.recipes.models import load_config, load_tokenizer
 from fastattn.recipes.report import plot, print_report, write_json
 

@@ -61,6 +61,14 @@ def compress(
             rich_help_panel=options.TRAINING,
         ),
     ] = None,
+    linear_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers of the result to make linear, such as 0,2-3, counted from 0; the others "
+            "keep softmax [default: all, with --attention linear].",
+            rich_help_panel=options.MODEL,
+        ),
+    ] = None,
     data: options.Data = None,
     train: options.Train = None,
     dev: options.Dev = None,
@@ -72,6 +80,7 @@ def compress(
     fine_tune_epochs: options.FineTuneEpochs = None,
     transfer_epochs: options.StageEpochs = None,
     replace_epochs: options.StageEpochs = None,
+    schedule: options.ReplacingSchedule = options.Schedule.linear,
     distill_epochs: options.StageEpochs = None,
     metric_epochs: options.StageEpochs = None,
     batch_size: options.BatchSize = None,
@@ -94,6 +103,7 @@ def compress(
         )
     if metric_epochs is not None and metric is None:
         raise typer.BadParameter("there is no --metric to tune on", param_hint="--metric-epochs")
+    chosen_layers = options.numbers(linear_layers, "--linear-layers")
     chosen_lengths = options.numbers(lengths, "--lengths")
     with exit_codes(resumes=True):
         from fastattn.recipes.compress import SEARCH_LOG, CompressArguments
@@ -110,6 +120,8 @@ def compress(
             num_layers=layers,
             attention=attention.value,
             feature_map=feature_map,
+            layers=chosen_layers or None,
+            schedule=schedule.value,
             metric=None if metric is None else metric.value,
             max_length=max_length,
             extend_to=extend_to,

@@ -45,6 +45,15 @@ def linearize(
     epochs: options.Epochs = None,
     fine_tune_epochs: options.FineTuneEpochs = None,
     transfer_epochs: options.StageEpochs = None,
+    replace_epochs: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Replace softmax attention module by module at a rising rate before distillation.",
+            rich_help_panel=options.TRAINING,
+        ),
+    ] = 0.0,
+    schedule: options.ReplacingSchedule = options.Schedule.linear,
     distill_epochs: options.StageEpochs = None,
     batch_size: options.BatchSize = None,
     bf16: options.Bf16 = None,
@@ -66,8 +75,8 @@ def linearize(
     chosen_layers = options.numbers(layers, "--layers")
     chosen_lengths = options.numbers(lengths, "--lengths")
     with exit_codes(resumes=True):
+        from fastattn.recipes.arguments import Arguments
         from fastattn.recipes.data import find_files
-        from fastattn.recipes.linearize import Arguments
         from fastattn.recipes.linearize import linearize as run
         from fastattn.recipes.report import plot, print_report, write_json
 
@@ -79,6 +88,8 @@ def linearize(
             dev=dev_file,
             feature_map=feature_map,
             layers=chosen_layers or None,
+            replace_epochs=replace_epochs,
+            schedule=schedule.value,
             max_length=max_length,
             extend_to=extend_to,
             train_limit=train_limit,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 MODEL, DATA, TRAINING = "Model", "Data", "Training"
+
+
+class Schedule(str, Enum):
+    linear = "linear"
+    constant = "constant"
+    blend = "blend"
+
 
 Output = Annotated[
     Path,
@@ -77,6 +85,14 @@ Epochs = Annotated[
 ]
 FineTuneEpochs = Annotated[float | None, typer.Option(min=0.01, rich_help_panel=TRAINING)]
 StageEpochs = Annotated[float | None, typer.Option(min=0, rich_help_panel=TRAINING)]
+ReplacingSchedule = Annotated[
+    Schedule,
+    typer.Option(
+        help="Of replacing: the chance of a module to be replaced rises to 1 (linear) or is 1/2 "
+        "and then 1 (constant), or both run and their weights change (blend).",
+        rich_help_panel=TRAINING,
+    ),
+]
 BatchSize = Annotated[
     int | None,
     typer.Option(

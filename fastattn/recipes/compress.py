@@ -22,21 +22,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from fastattn.recipes.arguments import Arguments
 from fastattn.recipes.errors import ModelError
-from fastattn.recipes.linearize import (
-    Arguments,
-    Job,
-    extend,
-    freeze_embeddings,
-    prepare,
-)
+from fastattn.recipes.job import CHECKPOINTS, Job, freeze_embeddings, prepare
 from fastattn.recipes.models import load_config, load_model
 from fastattn.recipes.training import fit, without_dropout
 from fastattn.recipes.tune import LoggedSearch, check_metric, metric_batches, metric_of_batch
-from fastattn.theseus import LinearSchedule, Theseus, TheseusCallback
+from fastattn.theseus import Theseus
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from fastattn.recipes.data import Task
     from fastattn.recipes.run import Results
@@ -50,19 +45,14 @@ class CompressArguments(Arguments):
 
     num_layers: of the result, a divisor of the model's; None: as many. attention: "softmax" or
     "linear". layers: indices, in the result, of those to make linear; None: all. first: start from
-    the first layers rather than from those spread over the model. base: share that is replaced at
-    the first step; it rises to all at the last. match: weight of the loss on the outputs of what
-    is replaced. metric: what the result is tuned on after distillation, one of
-    ``fastattn.recipes.tune.METRICS``; None: it is not.
+    the first layers rather than from those spread over the model. metric: what the result is tuned
+    on after distillation, one of ``fastattn.recipes.tune.METRICS``; None: it is not.
     """
 
     num_layers: int | None = None
     attention: str = "softmax"
     first: bool = False
     replace_epochs: float | None = None
-    replace_rate: float = 1e-4
-    base: float = 0.5
-    match: float = 1.0
     metric: str | None = None
     tune_epochs: float | None = None
     tune_rate: ClassVar[float] = 2e-5
@@ -91,48 +81,30 @@ def compress(arguments: CompressArguments, output: Path, restart: bool = False) 
 
 
 class CompressJob(Job[CompressArguments]):
-    """The stages of ``linearize`` with replacing among them."""
+    """The stages of ``linearize`` for fewer layers, and one for a metric."""
 
-    student = "replace"
     final = "compressed"
 
     @property
     def transfer_layers(self) -> tuple[int, ...] | None:
-        """``layers`` are those of the result: of as many, the same, else which is seen later."""
+        """``layers`` are those of the result: if it has fewer, feature maps are fitted for all."""
         depth = load_config(self.stage_folder("softmax")).num_hidden_layers
         return self.arguments.layers if self.arguments.num_layers in (None, depth) else None
 
-    def replace(self, folder: Path) -> Results:
+    def theseus(self, predecessor: PreTrainedModel) -> Theseus:
         args = self.arguments
-        predecessor = extend(load_model(self.stage_folder("softmax")), args.student_length)
-        start = None
-        if args.attention == "linear":
-            start = load_model(self.stage_folder("transfer"))
-        theseus = Theseus(
+        linear = args.attention == "linear"
+        return Theseus(
             predecessor,
             args.num_layers,
             args.attention,  # type: ignore[arg-type]
             args.feature_map,
             linear_layers=args.layers,
-            start=start,
+            start=load_model(self.stage_folder("transfer")) if linear else None,
             first=args.first,
             match=args.match,
             seed=args.seed,
         )
-        results: Results = {}
-        if args.replace_epochs != 0:
-            train = self.tokens("train", args.student_length)
-            settings = self.settings("replace", train)
-            steps = settings.epochs * len(train) / settings.batch_size
-            theseus.schedule = LinearSchedule.over(int(steps), base=args.base)
-            callback = TheseusCallback(theseus)
-            results["train_loss"] = self.imitate(
-                theseus, settings, folder, "Replacing", match=args.match, callbacks=[callback]
-            )
-        model = theseus.export()
-        results["replaced"] = self.scores(model, args.student_length, "Evaluating the successor")
-        self.save(model, folder)
-        return results
 
     def tune(self, folder: Path) -> Results:
         args = self.arguments

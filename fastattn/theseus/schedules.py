@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+SCHEDULES = ("linear", "constant", "blend")
+
 
 class Schedule(Protocol):
     """``schedule(step)`` is the successor's share, from 0 to 1, at a step counted from 0.
@@ -85,6 +87,22 @@ class BlendSchedule:
 
     def __call__(self, step: int) -> float:
         return min(1.0, self.base + (1.0 - self.base) * step / self.steps)
+
+
+def make_schedule(name: str, steps: int, base: float) -> Schedule:
+    """A schedule for a training of ``steps`` steps: "linear" or "blend" from ``base`` at the first
+    to 1 at the last, or "constant", ``base`` in the first half and 1 in the second.
+
+    Raises:
+        ValueError: another name, or a base outside of [0, 1].
+    """
+    if name == "linear":
+        return LinearSchedule.over(steps, base)
+    if name == "blend":
+        return BlendSchedule(max(1, steps), base)
+    if name == "constant":
+        return ConstantSchedule(base, until=steps // 2)
+    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {name!r}")
 
 
 def _check_share(name: str, value: float) -> None:

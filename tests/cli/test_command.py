@@ -63,7 +63,7 @@ def test_linearize_leaves_model_report_and_plot(encoder: Path, data: Path, tmp_p
         "machine", "arguments", "data", "models", "seconds", "measurements",
     }  # fmt: skip
     for scores in report["models"].values():
-        assert set(scores) == {"rows", "accuracy", "matthews", "loss", "max_length"}
+        assert set(scores) == {"rows", "accuracy", "matthews", "f1", "loss", "max_length"}
     for point in report["measurements"]:
         assert set(point) == {"name", "length", "batch", "seconds", "peak_bytes"}
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -92,6 +92,21 @@ def test_compress_then_compare(
     assert drawing.read_bytes().startswith(b"\x89PNG")
 
 
+def test_attention_is_replaced_where_asked_for(
+    classifier: Path, data: Path, tmp_path: Path
+) -> None:
+    options = ("--model", classifier, "--data", data, *FEW[:-2], "--lengths", "")
+    asked = ("--linear-layers", "1", "--schedule", "blend")
+    done = run("compress", "--attention", "linear", *asked, "--output", tmp_path / "a", *options)
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["fastattn"]["layers"] == [1]
+    done = run("linearize", "--replace-epochs", 1, "--output", tmp_path / "b", *options)
+    assert done.exit_code == 0, done.output
+    stages = json.loads((tmp_path / "b" / "report.json").read_text())["seconds"]
+    assert list(stages) == ["softmax", "transfer", "replace", "distill", "measure"]
+
+
 def test_compress_towards_a_metric(classifier: Path, data: Path, tmp_path: Path) -> None:
     """In a process of its own, so that what is said while it tunes is seen as well."""
     command = [sys.executable, "-m", "fastattn.cli", "compress", "--model", classifier]
@@ -115,6 +130,9 @@ def test_compress_towards_a_metric(classifier: Path, data: Path, tmp_path: Path)
         (("compress", "--layers", "1", "--metric", "bleu"), 2, "'matthews'"),
         (("compress", "--layers", "1", "--metric-epochs", "1"), 2, "no --metric to tune on"),
         (("compress", "--layers", "3"), 4, "must divide the 2 layers"),
+        (("compress", "--layers", "1", "--linear-layers", "0"), 4, "needs attention='linear'"),
+        (("compress", "--attention", "linear", "--linear-layers", "2"), 4, "got [2]"),
+        (("compress", "--layers", "1", "--schedule", "steep"), 2, "'blend'"),
         (("compress",), 4, "nothing to do"),
         (("compress", "--attention", "sparse"), 2, "'linear'"),
         (("compare", "gone"), 4, "does not exist"),

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 import fastattn
-from fastattn.recipes import linearize as recipe
+from fastattn.recipes import job as recipe
+from fastattn.recipes.arguments import Arguments
 from fastattn.recipes.data import find_files
 from fastattn.recipes.errors import DataError, ModelError, OutputError
-from fastattn.recipes.linearize import Arguments, linearize
+from fastattn.recipes.linearize import linearize
 from fastattn.recipes.models import is_linear, load_config, load_model, load_tokenizer
 from fastattn.recipes.report import plot, write_json
 
@@ -88,7 +89,7 @@ def test_an_interrupted_run_goes_on_from_its_last_stage(
 
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "distillation_loss", interrupt)
+        patch.setattr(recipe, "imitation_loss", interrupt)
         with pytest.raises(KeyboardInterrupt):
             linearize(arguments, output)
     record = json.loads((output / "run" / "run.json").read_text())
@@ -99,6 +100,21 @@ def test_an_interrupted_run_goes_on_from_its_last_stage(
     assert report["models"] == report_of(finished)["models"]
     with pytest.raises(OutputError, match="seed was 0, now 1"):
         linearize(replace(arguments, seed=1), output)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant", "blend"])
+def test_replacing_attention_before_distillation(
+    classifier: Path, arguments: Arguments, tmp_path: Path, schedule: str
+) -> None:
+    short = {"transfer_epochs": 0.5, "replace_epochs": 0.5, "distill_epochs": 0}
+    given = replace(arguments, model=classifier, schedule=schedule, **short)
+    report = linearize(given, tmp_path / "out")
+    assert list(report["models"]) == ["softmax", "swapped", "transferred", "replaced", "linear"]
+    assert report["models"]["replaced"] == report["models"]["linear"]
+    before = AutoModelForSequenceClassification.from_pretrained(classifier).state_dict()
+    after = load_model(tmp_path / "out").state_dict()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == (".attention.self." not in name), name
 
 
 def test_fine_tuned_model_is_taken_as_it_is(

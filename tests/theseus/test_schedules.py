@@ -8,6 +8,7 @@ import pytest
 
 from fastattn.theseus import BlendSchedule, ConstantSchedule, LinearSchedule
 from fastattn.theseus.gates import draw
+from fastattn.theseus.schedules import SCHEDULES, make_schedule
 
 
 def test_constant_rate_until_a_step() -> None:
@@ -30,6 +31,15 @@ def test_blend_goes_from_base_to_one() -> None:
     assert schedule.blends
 
 
+def test_schedules_by_name_end_at_one() -> None:
+    assert make_schedule("linear", 8, 0.5) == LinearSchedule(0.5, 0.0625)
+    assert make_schedule("blend", 8, 0.5) == BlendSchedule(8, 0.5)
+    assert make_schedule("constant", 8, 0.5) == ConstantSchedule(0.5, until=4)
+    for name in SCHEDULES:
+        schedule = make_schedule(name, 8, 0.25)
+        assert schedule(0) == 0.25 and schedule(8) == 1.0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -37,6 +47,7 @@ def test_blend_goes_from_base_to_one() -> None:
         (lambda: LinearSchedule(base=-0.1), r"base must be within 0..1; got -0.1"),
         (lambda: LinearSchedule(slope=-1.0), r"slope must not be negative; got -1.0"),
         (lambda: BlendSchedule(0), r"steps must be at least 1; got 0"),
+        (lambda: make_schedule("cosine", 8, 0.5), r"linear, constant, blend; got 'cosine'"),
     ],
 )
 def test_impossible_schedules_raise(make, message: str) -> None:
