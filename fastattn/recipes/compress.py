@@ -53,6 +53,7 @@ class CompressArguments(Arguments):
     attention: str = "softmax"
     first: bool = False
     replace_epochs: float | None = None
+    distill_rate: float = 1.4e-4
     metric: str | None = None
     tune_epochs: float | None = None
     tune_rate: ClassVar[float] = 2e-5
