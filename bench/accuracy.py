@@ -45,7 +45,7 @@ class TaskSettings:
 
 
 TASKS = {
-    "sst2": TaskSettings("accuracy", 128, train_limit=20_000, baseline_epochs=5),
+    "sst2": TaskSettings("accuracy", 128, train_limit=20_000, baseline_epochs=6),
     "cola": TaskSettings("matthews", 128),
     "rte": TaskSettings("accuracy", 256),
     "polarity": TaskSettings("accuracy", 512, extend_to=2048, variants=("linear",)),

@@ -107,13 +107,13 @@ def compress_further(teacher: Path, data: Path, output: Path, restart: bool) -> 
         attention="linear",
         max_length=256,
         transfer_epochs=1,
-        replace_epochs=2,
-        distill_epochs=1,
+        replace_epochs=1,
+        distill_epochs=2,
         bf16=has_bf16(),
     )
     say(
         f"fastattn compress --model {teacher} --data {data} --output {output} --layers {layers} "
-        "--attention linear --transfer-epochs 1 --replace-epochs 2 --distill-epochs 1"
+        "--attention linear --transfer-epochs 1 --replace-epochs 1 --distill-epochs 2"
     )
     write_json(compress(arguments, output, restart), output / "report.json")
     say(f"fastattn compare {teacher} {output} --data {data}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fastattn.models.conversion import is_linear
 from fastattn.models.positions import position_limit
@@ -28,7 +28,7 @@ class Arguments:
     replaced. hidden: weight of the loss on hidden states in distillation. change: ask the softmax
     model about changed texts, too. batch_size: rows a step; None: 8 to 64 by the length of the
     texts. lengths: input lengths to measure. The epochs, if None, are those of
-    ``job.DEFAULT_EPOCHS``, and more where the data are so few that these would be a few hundred
+    ``default_epochs``, and more where the data are so few that these would be a few hundred
     steps.
     """
 
@@ -52,12 +52,15 @@ class Arguments:
     schedule: str = "linear"
     base: float = 0.5
     match: float = 1.0
-    change: bool = True
-    hidden: float = 1.0
+    change: bool = False
+    hidden: float = 0.0
     batch_size: int | None = None
     bf16: bool = False
     seed: int = 0
     lengths: tuple[int, ...] = ()
+    default_epochs: ClassVar[dict[str, float]] = {
+        "fine_tune": 3.0, "transfer": 2.0, "replace": 2.0, "distill": 2.0,
+    }  # fmt: skip
 
     @property
     def student_length(self) -> int:

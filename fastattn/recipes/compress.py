@@ -54,9 +54,15 @@ class CompressArguments(Arguments):
     first: bool = False
     replace_epochs: float | None = None
     distill_rate: float = 1.4e-4
+    change: bool = True
+    hidden: float = 1.0
     metric: str | None = None
     tune_epochs: float | None = None
     tune_rate: ClassVar[float] = 2e-5
+    # Changed texts are new in each epoch, so there is more to learn from them.
+    default_epochs: ClassVar[dict[str, float]] = {
+        **Arguments.default_epochs, "distill": 4.0, "tune": 1.0,
+    }  # fmt: skip
 
 
 def compress(arguments: CompressArguments, output: Path, restart: bool = False) -> dict[str, Any]:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 TOKENS_PER_STEP = 4096
-DEFAULT_EPOCHS = {"fine_tune": 3.0, "transfer": 2.0, "replace": 3.0, "distill": 2.0, "tune": 1.0}
 ENOUGH_STEPS = 600  # of each of the stages, unless that takes more than MAX_EPOCHS
 MAX_EPOCHS = 10.0
 TASK_WEIGHT = 0.5
@@ -218,15 +217,16 @@ class Job(Generic[ArgumentsT]):
     ) -> float:
         """Train ``model`` towards the softmax model's predictions and the labels; returns the loss.
 
-        Where both read the same tokens, the teacher is asked about changed texts as well, and
-        for its hidden states. Where the student reads on, the teacher's predictions of what it
-        reads itself are all there is.
+        For changed texts and hidden states the teacher works beside it. Otherwise, and where the
+        student reads tokens that the teacher can't, the teacher's predictions of the rows as they
+        are are all there is, made once.
         """
         args = self.arguments
         train = self.tokens("train", args.student_length)
         options: dict[str, Any] = {"task_weight": TASK_WEIGHT, "temperature": TEMPERATURE}
         collator = None
-        if args.student_length == args.max_length:
+        same_tokens = args.student_length == args.max_length
+        if same_tokens and (args.change or hidden):
             teacher = load_model(self.stage_folder("softmax")).eval().requires_grad_(False)
             loss = imitation_loss(teacher, match=match, hidden=hidden, bf16=args.bf16, **options)
             if args.change:
@@ -312,7 +312,7 @@ class Job(Generic[ArgumentsT]):
         epochs = getattr(args, f"{stage}_epochs")
         if epochs is None:
             wanted = min(MAX_EPOCHS, ENOUGH_STEPS * size / len(train))
-            epochs = float(math.ceil(max(DEFAULT_EPOCHS[stage], wanted)))
+            epochs = float(math.ceil(max(args.default_epochs[stage], wanted)))
         return Settings(
             epochs, rate * (size / 32) ** 0.5, batch_size=size, bf16=args.bf16, seed=args.seed
         )

@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_from_its_last_stage(
 
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "imitation_loss", interrupt)
+        patch.setattr(recipe, "distillation_loss", interrupt)
         with pytest.raises(KeyboardInterrupt):
             linearize(arguments, output)
     record = json.loads((output / "run" / "run.json").read_text())
