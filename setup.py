@@ -1,12 +1,14 @@
 """Builds the native libraries with CMake; everything else about the package is in pyproject.toml.
 
-The CUDA kernels are built where nvcc is on PATH, or in CUDA_HOME; FASTATTN_CUDA=0 leaves them out,
-FASTATTN_CUDA=1 insists on them. The CPU library needs a C++17 compiler, CMake, ninja and pybind11,
+The CUDA kernels are built for the GPUs of this machine, where it has one, and nvcc. They take
+minutes, so building them for all architectures, anywhere, has to be asked for: FASTATTN_CUDA=1.
+FASTATTN_CUDA=0 leaves them out. The CPU library needs a C++17 compiler, CMake, ninja and pybind11,
 and never torch. What is missing is said in a sentence before CMake says it in fifty lines.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import shlex
@@ -14,6 +16,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -53,18 +57,68 @@ def check_toolchain() -> None:
         )
 
 
-def find_nvcc() -> str | None:
-    """Path of the CUDA compiler if the CUDA kernels are to be built."""
-    wanted = os.environ.get("FASTATTN_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        sys.exit(f"fastattn: FASTATTN_CUDA must be 0, 1 or unset; got {wanted!r}")
+@dataclass(frozen=True)
+class CUDABuild:
+    """Whether and for what the CUDA kernels are built; `fastattn info` shows `why_not`."""
+
+    nvcc: str = ""
+    architectures: str = ""  # as CMake lists them; "": all that CMakeLists.txt names
+    why_not: str = ""
+
+
+OLDEST_CAPABILITY = 80
+
+
+def plan_cuda(environment: Mapping[str, str] = os.environ) -> CUDABuild:
+    """What FASTATTN_CUDA, the compiler and the GPUs of this machine ask for."""
+    wanted = environment.get("FASTATTN_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"fastattn: FASTATTN_CUDA must be auto, 0 or 1; got {wanted!r}")
     if wanted == "0":
-        return None
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    if nvcc is None and wanted == "1":
-        sys.exit("fastattn: FASTATTN_CUDA=1 needs nvcc on PATH or in CUDA_HOME/bin; there is none")
-    return nvcc
+        return CUDABuild(why_not="FASTATTN_CUDA=0 was set at install")
+    home = environment.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else environment.get("PATH"))
+    if wanted == "1":
+        if nvcc is None:
+            sys.exit(
+                "fastattn: FASTATTN_CUDA=1 needs nvcc on PATH or in CUDA_HOME/bin; there is none"
+            )
+        return CUDABuild(nvcc)
+    if nvcc is None:
+        return CUDABuild(why_not="there was no nvcc at install")
+    found = gpu_capabilities()
+    if not found:
+        return CUDABuild(why_not="nvcc was found at install, but no NVIDIA GPU")
+    usable = sorted({x for x in found if x >= OLDEST_CAPABILITY})
+    if not usable:
+        return CUDABuild(
+            why_not=f"the GPU at install was an sm_{max(found)}, and they need sm_80 or newer"
+        )
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
+    unknown = [x for x in usable if f"sm_{x}" not in known.stdout.split()]
+    if unknown:
+        return CUDABuild(why_not=f"nvcc at install did not know the GPU, an sm_{unknown[0]}")
+    return CUDABuild(nvcc, ";".join(map(str, usable)))
+
+
+def gpu_capabilities() -> list[int]:
+    """Compute capabilities of the GPUs that the driver offers, 90 for 9.0; [] without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count, device, part = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    capabilities = []
+    for index in range(count.value):
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        parts = []
+        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+            driver.cuDeviceGetAttribute(ctypes.byref(part), attribute, device)
+            parts.append(part.value)
+        capabilities.append(10 * parts[0] + parts[1])
+    return capabilities
 
 
 class CMakeBuild(build_ext):
@@ -91,7 +145,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            *([f"-DCMAKE_CUDA_COMPILER={NVCC}", "-DFASTATTN_CUDA=ON"] if NVCC else []),
+            *cuda_options(plan_cuda()),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         subprocess.run(configure, check=True)
@@ -100,10 +154,20 @@ class CMakeBuild(build_ext):
         subprocess.run([configure[0], "--build", str(build), *target, *parallel], check=True)
 
 
-NVCC = find_nvcc()
-libraries = ["fastattn._native", *(["fastattn._cuda"] if NVCC else [])]
+def cuda_options(plan: CUDABuild) -> list[str]:
+    """For CMake."""
+    if not plan.nvcc:
+        return [f"-DFASTATTN_CUDA_NOTE={plan.why_not}"]
+    chosen = plan.architectures
+    return [
+        *(f"-DCMAKE_CUDA_COMPILER={plan.nvcc}", "-DFASTATTN_CUDA=ON"),
+        *([f"-DFASTATTN_CUDA_ARCHITECTURES={chosen}"] if chosen else []),
+    ]
 
-setup(
-    ext_modules=[Extension(name, sources=[]) for name in libraries],
-    cmdclass={"build_ext": CMakeBuild},
-)
+
+if __name__ == "__main__":
+    libraries = ["fastattn._native", *(["fastattn._cuda"] if plan_cuda().nvcc else [])]
+    setup(
+        ext_modules=[Extension(name, sources=[]) for name in libraries],
+        cmdclass={"build_ext": CMakeBuild},
+    )

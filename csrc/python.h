@@ -12,6 +12,16 @@ namespace fastattn {
 
 namespace py = pybind11;
 
+// What the Python side and a library say to each other: the arguments of Problem, the order of the
+// numbers of a call, the functions of a module. A change of any of them raises this number, here and
+// in fastattn/backends/native.py, so that a library that was built before it is refused.
+constexpr int kInterface = 1;
+
+// Why the CUDA kernels were not built along; from setup.py.
+#if !defined(FASTATTN_CUDA_NOTE)
+#define FASTATTN_CUDA_NOTE ""
+#endif
+
 template <class Value>
 Value lookup(const std::map<std::string, Value>& names, const std::string& name, const char* what) {
   const auto found = names.find(name);
@@ -111,6 +121,8 @@ inline void read_inputs(Reader& reader, Arguments& args) {
 
 // Each library has a type of its own, so that both can be loaded.
 inline py::class_<Problem> bind_problem(py::module_& m) {
+  m.attr("INTERFACE") = kInterface;
+  m.attr("CUDA_NOTE") = FASTATTN_CUDA_NOTE;
   return py::class_<Problem>(m, "Problem", py::module_local())
       .def(py::init(&make_problem), py::kw_only(), py::arg("batch"), py::arg("num_heads"),
            py::arg("num_kv_heads"), py::arg("query_length"), py::arg("key_length"),

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from fastattn.backends import rules
 from fastattn.ops.problem import Problem
 
 
@@ -61,6 +62,9 @@ class Backend(Protocol):
 
     name: str
 
+    def missing(self) -> str | None:
+        """What this machine lacks to run anything at all on it (a GPU, say), None if nothing."""
+
     def why_not(self, problem: Problem) -> str | None:
         """None if this backend can compute the problem, else the reason in one sentence."""
 
@@ -88,22 +92,24 @@ class Backend(Protocol):
         contiguous here), returns out (B, Hq, 1, Dv)."""
 
 
-# In the order in which "auto" tries them: module and class, imported on first use. The reference
-# computes everything, so what stands behind it is only used by name: the CUDA kernels have not been
-# measured on a GPU yet.
+# Module and class, imported on first use. rules.py says which of them "auto" tries, and when.
 _BACKENDS = {
     "cpu": ("fastattn.backends.cpu", "CPUBackend"),
     "triton": ("fastattn.backends.triton", "TritonBackend"),
-    "reference": ("fastattn.backends.reference", "ReferenceBackend"),
     "cuda": ("fastattn.backends.cuda", "CUDABackend"),
+    "reference": ("fastattn.backends.reference", "ReferenceBackend"),
 }
 
 # What is missing where a backend can't be imported.
 _NEEDS = {
     "cpu": "the native library is not built",
     "triton": "Triton is not installed, or not a version that works here (3.6 to 3.9 do)",
-    "cuda": "the CUDA kernels are not built (there was no nvcc when fastattn was installed)",
+    "cuda": "the CUDA kernels are not built",
 }
+
+
+class Refused(ImportError):
+    """A library is there and must not be used; the message says why, and what helps."""
 
 
 def names() -> list[str]:
@@ -117,6 +123,8 @@ def load(name: str) -> Backend | str:
     module, cls = _BACKENDS[name]
     try:
         backend: Backend = getattr(importlib.import_module(module), cls)()
+    except Refused as error:
+        return str(error)
     except ImportError as error:
         return f"{_NEEDS[name]}: {error}"
     return backend
@@ -129,10 +137,10 @@ def why_not(name: str, problem: Problem) -> str | None:
 
 
 def choose(problem: Problem, name: str = "auto") -> Backend:
-    """The backend that computes the problem: the one named, or the first that can.
+    """The backend that computes the problem: the one named, or the first by the rules that can.
 
-    ValueError if the named one can't. "auto" warns, once per reason, when all that is left for
-    CPU tensors is the reference: that would be slow for a cause the user can remove.
+    ValueError if the named one can't. "auto" warns, once per reason, when all that is left is the
+    reference: that would be slow for a cause the user may be able to remove.
     """
     try:
         return _choose(problem, name)
@@ -143,7 +151,7 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
 @lru_cache(maxsize=4096)
 def _choose(problem: Problem, name: str) -> Backend:
     reasons: dict[str, str | None] = {}
-    for candidate in names() if name == "auto" else [name]:
+    for candidate in rules.order(problem) if name == "auto" else [name]:
         reason = why_not(candidate, problem)
         backend = load(candidate)
         if reason is None and not isinstance(backend, str):

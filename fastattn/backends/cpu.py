@@ -9,22 +9,25 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn import _native
 from fastattn.backends import Gradients, Inputs, Outputs
 from fastattn.backends.native import (
     DTYPES,
     dense,
     form_of,
+    library,
     native_problem,
     numbers_of,
     state_of,
     strided,
 )
 from fastattn.ops.problem import Problem
+
+_native = library("_native")
 
 ISA_VARIABLE = "FASTATTN_CPU_ISA"
 
@@ -55,7 +58,7 @@ def _select_isa() -> None:
 
 
 @lru_cache(maxsize=1024)
-def _native_problem(problem: Problem) -> _native.Problem:
+def _native_problem(problem: Problem) -> Any:
     return native_problem(_native, problem)
 
 
@@ -67,6 +70,9 @@ class CPUBackend:
     def __init__(self) -> None:
         _join_torch_threads()
         _select_isa()
+
+    def missing(self) -> str | None:
+        return None
 
     def why_not(self, problem: Problem) -> str | None:
         if problem.device_type != "cpu":

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import Gradients, Inputs, Outputs
-from fastattn.backends.native import dense, form_of, native_problem, numbers_of, state_of, strided
+from fastattn.backends.native import (
+    dense,
+    form_of,
+    library,
+    native_problem,
+    numbers_of,
+    state_of,
+    strided,
+)
 from fastattn.ops.problem import Problem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,19 +45,11 @@ class CUDABackend:
     # What differs where the same kernels run without a GPU; see tests/emulation.
 
     def _load(self) -> Any:
-        from fastattn import _cuda
-
-        return _cuda
-
-    def _missing(self) -> str | None:
-        if torch.version.hip is not None:
-            return "its kernels are for NVIDIA GPUs, and this is PyTorch for AMD GPUs"
-        if not torch.cuda.is_available():
-            return "PyTorch finds no CUDA device"
-        capability = torch.cuda.get_device_capability()
-        if capability < _MIN_CAPABILITY:
-            return f"its kernels need compute capability 8.0; this GPU has {capability}"
-        return None
+        try:
+            return library("_cuda")
+        except ModuleNotFoundError:
+            note = library("_native").CUDA_NOTE or "they were left out at install"
+            raise ImportError(f"{note}; FASTATTN_CUDA=1 pip install . builds them") from None
 
     def _target(self, device: torch.device) -> tuple[int, int]:
         """Device index and stream."""
@@ -64,6 +64,16 @@ class CUDABackend:
 
     # The protocol of fastattn.backends.Backend.
 
+    def missing(self) -> str | None:
+        if torch.version.hip is not None:
+            return "its kernels are for NVIDIA GPUs, and this is PyTorch for AMD GPUs"
+        if not torch.cuda.is_available():
+            return "its kernels are built, but PyTorch finds no CUDA device"
+        capability = torch.cuda.get_device_capability()
+        if capability < _MIN_CAPABILITY:
+            return f"its kernels need compute capability 8.0; this GPU has {capability}"
+        return None
+
     def why_not(self, problem: Problem) -> str | None:
         if problem.device_type != self.device_type:
             return (
@@ -73,7 +83,7 @@ class CUDABackend:
             return f"it has no kernels for {problem.dtype}"
         if max(problem.head_dim, problem.value_dim) > _MAX_DIM:
             return f"head sizes go up to {_MAX_DIM}; got {problem.head_dim}, {problem.value_dim}"
-        return self._missing()
+        return self.missing()
 
     def kernel(self, problem: Problem) -> str:
         if not problem.is_causal:

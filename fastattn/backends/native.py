@@ -6,13 +6,17 @@ reads; the CPU and the CUDA backend share it.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.backends import Inputs
+from fastattn.backends import Inputs, Refused
 from fastattn.ops.problem import Problem
+
+# kInterface of csrc/python.h: raised with it, whenever what passes between the two sides changes.
+INTERFACE = 1
 
 DTYPES = {
     torch.float32: "float32",
@@ -21,6 +25,19 @@ DTYPES = {
     torch.float64: "float64",
 }
 _RECURRENT_TOKENS = 4  # up to here one token after another beats a chunk's set-up (measured: CPU)
+
+
+def library(name: str) -> Any:
+    """The native library ``fastattn.<name>``: an ImportError if it is not built, or from sources of
+    another time, whose calls would be misread."""
+    module = importlib.import_module(f"fastattn.{name}")
+    found = getattr(module, "INTERFACE", 0)
+    if found != INTERFACE:
+        raise Refused(
+            f"{module.__file__} was built from other sources (its interface is {found}, this is "
+            f"{INTERFACE}); rebuild it with make, or pip install ."
+        )
+    return module
 
 
 def form_of(problem: Problem) -> str:

@@ -242,6 +242,9 @@ class ReferenceBackend:
 
     name = "reference"
 
+    def missing(self) -> str | None:
+        return None
+
     def why_not(self, problem: Problem) -> str | None:
         return None
 

@@ -67,7 +67,7 @@ def collect() -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for name in backends.names():
         backend = backends.load(name)
-        missing = backend if isinstance(backend, str) else None
+        missing = backend if isinstance(backend, str) else backend.missing()
         found[name] = {"available": missing is None, "reason": missing}
     return {
         "fastattn": fastattn.__version__,
@@ -87,10 +87,9 @@ def collect() -> dict[str, Any]:
 
 def _instruction_sets() -> dict[str, Any]:
     try:
-        from fastattn import _native
+        from fastattn.backends.cpu import ISA_VARIABLE, _native
     except ImportError:
         return {"instruction_sets": [], "instruction_set": None}
-    from fastattn.backends.cpu import ISA_VARIABLE
 
     return {
         "instruction_sets": list(_native.isas()),
@@ -149,7 +148,7 @@ def _versions(report: dict[str, Any]) -> Table:
 
 
 def _backends(report: dict[str, Any]) -> Table:
-    table = Table("backend", "found", "", title="Backends", title_justify="left")
+    table = Table("backend", "usable", "", title="Backends", title_justify="left")
     for name, backend in report["backends"].items():
         table.add_row(name, "yes" if backend["available"] else "no", backend["reason"] or "")
     return table

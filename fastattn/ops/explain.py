@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastattn import backends
+from fastattn.backends import rules
 from fastattn.ops.attention import op_arguments
 from fastattn.ops.library import problem_of, split_arguments
 from fastattn.ops.problem import Problem
@@ -63,8 +64,9 @@ def _explain(problem: Problem, backend: str = "auto") -> Explanation:
         loaded = backends.load(name)
         kernel = None if reason or isinstance(loaded, str) else loaded.kernel(problem)
         candidates.append(Candidate(name, kernel, reason))
-    wanted = [c for c in candidates if backend in ("auto", c.backend) and c.why_not is None]
-    chosen = wanted[0] if wanted else None
+    able = {candidate.backend: candidate for candidate in candidates if not candidate.why_not}
+    wanted = rules.order(problem) if backend == "auto" else (backend,)
+    chosen = next((able[name] for name in wanted if name in able), None)
     return Explanation(
         problem,
         chosen.backend if chosen else None,

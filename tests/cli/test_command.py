@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("typer")
 
+import torch
 from typer.testing import CliRunner
 
 from fastattn.cli.app import app
@@ -44,6 +45,24 @@ def test_info_json() -> None:
         for answer in answers.values():
             assert answer["backend"] in report["backends"]
             assert answer["kernel"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_info_calls_no_gpu_backend_usable_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built or installed is not enough."""
+    from fastattn import backends
+    from fastattn.backends.cuda import CUDABackend
+
+    class Built(CUDABackend):
+        def __init__(self) -> None:
+            pass
+
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda name: Built() if name == "cuda" else load(name))
+    report = json.loads(run("info", "--json").stdout)["backends"]
+    reason = "its kernels are built, but PyTorch finds no CUDA device"
+    assert report["cuda"] == {"available": False, "reason": reason}
+    assert not report["triton"]["available"]
 
 
 def test_linearize_leaves_model_report_and_plot(encoder: Path, data: Path, tmp_path: Path) -> None:

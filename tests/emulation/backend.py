@@ -32,7 +32,7 @@ class EmulatedBackend(CUDABackend):
     def _emulated_library(self) -> Any:
         return build.library()
 
-    def _missing(self) -> str | None:
+    def missing(self) -> str | None:
         return None
 
     def _target(self, device: torch.device) -> tuple[int, int]:

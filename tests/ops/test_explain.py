@@ -84,3 +84,60 @@ def test_falling_back_to_the_reference_warns_once(without_native: None) -> None:
     assert "not built" in str(explain(x, x, x))
     with pytest.raises(ValueError, match=r"backend='cpu' cannot .*not built"):
         linear_attention(x, x, x, backend="cpu")
+
+
+class Pretended:
+    """A backend of a machine that this one is not."""
+
+    def __init__(self, name: str, largest: int) -> None:
+        self.name, self.largest = name, largest
+
+    def why_not(self, problem: Problem) -> str | None:
+        if problem.device_type != "cuda":
+            return "its kernels run on GPUs"
+        return None if problem.head_dim <= self.largest else f"head sizes go up to {self.largest}"
+
+    def kernel(self, problem: Problem) -> str:
+        return "a kernel"
+
+
+@pytest.mark.parametrize(
+    ("triton", "cuda", "chosen"),
+    [
+        (256, 128, "triton"),
+        (256, None, "triton"),
+        (None, 128, "cuda"),
+        (32, 128, "cuda"),
+        (32, 32, "reference"),
+        (None, None, "reference"),
+    ],
+)
+def test_what_auto_takes_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, triton: int | None, cuda: int | None, chosen: str
+) -> None:
+    """Triton first, CUDA where it is missing (None) or refuses the head size, never in silence the
+    reference."""
+    load = backends.load
+    found = {
+        name: f"{name} is missing" if largest is None else Pretended(name, largest)
+        for name, largest in (("triton", triton), ("cuda", cuda))
+    }
+    monkeypatch.setattr(backends, "load", lambda name: found.get(name) or load(name))
+    x = torch.randn(1, 2, 30, 64)
+    problem = dataclasses.replace(explain(x, x, x).problem, device_type="cuda")
+    explanation = explain(problem)
+    assert explanation.backend == chosen
+    lines = str(explanation).splitlines()
+    assert next(line for line in lines if line.endswith("<- chosen")).startswith(chosen)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        backends._warn_once.cache_clear()
+        taken = backends._choose.__wrapped__(problem, "auto")
+    assert taken.name == chosen
+    assert len(told) == (chosen == "reference")
+
+
+def test_a_cpu_never_takes_the_cuda_kernels() -> None:
+    x = torch.randn(1, 2, 30, 64)
+    cuda = next(c for c in explain(x, x, x).candidates if c.backend == "cuda")
+    assert cuda.why_not

@@ -87,6 +87,12 @@ class TritonBackend:
 
     name = "triton"
 
+    def missing(self) -> str | None:
+        if INTERPRETED:
+            return None
+        reasons = [_unsupported_gpu(device) for device in _DEVICES]
+        return None if None in reasons else f"Triton is installed, but {reasons[0]}"
+
     def why_not(self, problem: Problem) -> str | None:
         if problem.device_type == "cpu":
             if not INTERPRETED:
