@@ -8,6 +8,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+#include <utility>
+
 namespace fastattn::cuda {
 
 std::string describe(const Problem& p) {
@@ -44,22 +47,37 @@ class OnDevice {
   bool changed_ = false;
 };
 
+// body(width) with the width as a constant, if kernels of T are compiled for it, else with 0.
+template <class T, class Body>
+void for_width(int width, const Body& body) {
+  if (width == 32 && is_compiled<T>(32)) return body(std::integral_constant<int, 32 * is_compiled<T>(32)>{});
+  if (width == 64 && is_compiled<T>(64)) return body(std::integral_constant<int, 64 * is_compiled<T>(64)>{});
+  if (width == 128 && is_compiled<T>(128)) return body(std::integral_constant<int, 128 * is_compiled<T>(128)>{});
+  body(std::integral_constant<int, 0>{});
+}
+
 template <class T>
 void forward_as(const Problem& problem, const Arguments& args, Launcher& launch) {
-  if (!problem.is_causal)
-    noncausal_forward<T>(problem, args, launch);
-  else if (problem.form == Form::recurrent)
-    recurrent_forward<T>(problem, args, launch);
-  else
-    causal_forward<T>(problem, args, launch);
+  if (problem.is_causal && problem.form == Form::recurrent)
+    return recurrent_forward<T>(problem, args, launch);
+  for_width<T>(compiled_width(problem), [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    if (problem.is_causal)
+      causal_forward<T, kWidth>(problem, args, launch);
+    else
+      noncausal_forward<T, kWidth>(problem, args, launch);
+  });
 }
 
 template <class T>
 void backward_as(const Problem& problem, const Arguments& args, Launcher& launch) {
-  if (problem.is_causal)
-    causal_backward<T>(problem, args, launch);
-  else
-    noncausal_backward<T>(problem, args, launch);
+  for_width<T>(compiled_width(problem), [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    if (problem.is_causal)
+      causal_backward<T, kWidth>(problem, args, launch);
+    else
+      noncausal_backward<T, kWidth>(problem, args, launch);
+  });
 }
 
 template <class Body>
@@ -78,24 +96,30 @@ void run_backward(const Problem& problem, const Arguments& args, Launcher& launc
   for_dtype(problem.dtype, [&](auto x) { backward_as<decltype(x)>(problem, args, launch); });
 }
 
-// device, stream, workspace, bytes of shared memory that a block may have | the call
+// device, stream, workspace, limits | the call
 struct Target {
   explicit Target(Reader& reader)
       : device(static_cast<int>(reader.integer())),
         stream(reader.address<CUstream_st>()),
         workspace(reader.address<float>()),
-        shared_limit(static_cast<int>(reader.integer())) {}
+        limits(read_limits(reader)) {}
+
+  static Limits read_limits(Reader& reader) {
+    const auto shared_bytes = static_cast<int>(reader.integer());
+    return {shared_bytes, static_cast<int>(reader.integer())};
+  }
+
   int device;
   cudaStream_t stream;
   float* workspace;
-  int shared_limit;
+  Limits limits;
 };
 
 template <class Run>
 void enqueue(const Problem& problem, const Target& target, const Arguments& args, const Run& run) {
   const py::gil_scoped_release release;
   const OnDevice guard(target.device, problem);
-  Launcher launch(problem, target.stream, target.workspace, target.shared_limit);
+  Launcher launch(problem, target.stream, target.workspace, target.limits);
   run(problem, args, launch);
 }
 
@@ -139,18 +163,21 @@ void run_step(const Problem& problem, const py::tuple& numbers) {
   });
 }
 
-// Floats of scratch that a call needs, given the shared memory that a block may have.
-int64_t workspace_size(const Problem& problem, bool is_backward, int shared_limit) {
-  Launcher launch = Launcher::planning(problem, shared_limit);
+// Floats of scratch that a call needs on a device with these limits.
+int64_t workspace_size(const Problem& problem, bool is_backward, int shared_bytes,
+                       int multiprocessors) {
+  Launcher launch = Launcher::planning(problem, {shared_bytes, multiprocessors});
   (is_backward ? run_backward : run_forward)(problem, Arguments{}, launch);
   return launch.workspace_floats();
 }
 
-int shared_limit(int device) {
-  int bytes = 0;
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "set-up",
-        Problem{});
-  return bytes;
+std::pair<int, int> limits(int device) {
+  Limits found{};
+  check(cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "set-up", Problem{});
+  check(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "set-up", Problem{});
+  return {found.shared_bytes, found.multiprocessors};
 }
 
 }  // namespace
@@ -162,8 +189,8 @@ void bind(py::module_& m) {
   m.def("backward", &backward);
   m.def("step", &run_step);
   m.def("workspace_size", &workspace_size, py::arg("problem"), py::arg("is_backward"),
-        py::arg("shared_limit"));
-  m.def("shared_limit", &shared_limit, py::arg("device"));
+        py::arg("shared_bytes"), py::arg("multiprocessors"));
+  m.def("limits", &limits, py::arg("device"));
   m.attr("SEGMENT_TOKENS") = kSegmentTokens;
   m.attr("MAX_DIM") = kMaxDim;
 }

@@ -5,10 +5,19 @@
 
 namespace fastattn::cuda {
 
+// T: of the tensors. Width: of the tiles where the compiler knows it, else 0; see plan.h.
+template <class T_, int Width>
 struct Call {
+  static constexpr int kWidth = Width;
+  using T = T_;
+  using E = Element<T>;
+  using Sizes = SizedPlan<Width, sizeof(E)>;
+  using Phi = Features<E, Sizes>;
+  using Row = cuda::Row<Sizes::kColumns>;
+
   Problem p;
   Arguments a;
-  Plan n;
+  Sizes n;
 
   // The softmax over tokens of `efficient` already is a normaliser.
   __device__ __forceinline__ bool divides() const {
@@ -19,6 +28,11 @@ struct Call {
     return !a.key_mask || a.key_mask[batch * a.key_mask_batch + token * a.key_mask_token];
   }
 };
+
+template <class C>
+C make_call(const Problem& problem, const Arguments& args) {
+  return {problem, args, make_plan<C::kWidth, sizeof(typename C::E)>(problem)};
+}
 
 // ---- segments -----------------------------------------------------------------------------------
 
@@ -97,20 +111,28 @@ __device__ __forceinline__ Segment segment_at(const Problem& p, const int32_t* c
   return later_segment(first, tokens, slot - first.slot);
 }
 
-__device__ __forceinline__ Segment query_segment(const Call& c, int64_t slot) {
+template <class C>
+__device__ __forceinline__ Segment query_segment(const C& c, int64_t slot) {
   return segment_at(c.p, c.a.cu_seqlens, c.p.query_length, slot);
 }
-__device__ __forceinline__ Segment key_segment(const Call& c, int64_t slot) {
+template <class C>
+__device__ __forceinline__ Segment key_segment(const C& c, int64_t slot) {
   return segment_at(c.p, c.a.cu_seqlens_k, c.p.key_length, slot);
+}
+
+// Tokens of the tile that starts at `token`.
+__device__ __forceinline__ int tokens_from(const Segment& s, int64_t token, int rows) {
+  const int64_t left = s.begin + s.tokens - token;
+  return static_cast<int>(left < rows ? left : rows);
 }
 
 // body(first token, tokens, tokens rounded up to whole matrix instructions) for each tile.
 template <class Body>
 __device__ __forceinline__ void for_tiles(const Segment& s, int rows, const Body& body) {
 #pragma unroll 1
-  for (int64_t t = 0; t < s.tokens; t += rows) {
-    const int valid = static_cast<int>(s.tokens - t < rows ? s.tokens - t : rows);
-    body(s.begin + t, valid, (valid + 15) / 16 * 16);
+  for (int64_t token = s.begin; token < s.begin + s.tokens; token += rows) {
+    const int valid = tokens_from(s, token, rows);
+    body(token, valid, (valid + 15) / 16 * 16);
   }
 }
 
@@ -140,12 +162,12 @@ __device__ __forceinline__ StateAddress state_at(float* data, const Plan& n, int
   return {S, S + n.features * n.values};
 }
 
-// Reads a state, or zeros where there is none; zeros in the padding.
-__device__ __forceinline__ void load_state(const Plan& n, StateAddress from, LocalState to) {
-  for (int i = threadIdx.x; i < n.feature_width * n.value_width; i += blockDim.x) {
-    const int f = i / n.value_width, v = i % n.value_width;
-    to.S.row(f)[v] = from.S && f < n.features && v < n.values ? from.S[f * n.values + v] : 0.0f;
-  }
+// Reads a state, or zeros where there is none; zeros in the padding. A row by a warp.
+template <class P>
+__device__ __forceinline__ void load_state(const P& n, StateAddress from, LocalState to) {
+  for (int f = warp_index(); f < n.feature_width; f += warp_count())
+    for (int v = lane_index(); v < n.value_width; v += 32)
+      to.S.row(f)[v] = from.S && f < n.features && v < n.values ? from.S[f * n.values + v] : 0.0f;
   for (int f = threadIdx.x; f < n.feature_width; f += blockDim.x)
     to.z[f] = from.z && f < n.features ? from.z[f] : 0.0f;
 }
@@ -153,45 +175,57 @@ __device__ __forceinline__ void load_state(const Plan& n, StateAddress from, Loc
 // own = from + own: a state merged into the sum of all before it.
 __device__ __forceinline__ void merge_state(const Plan& n, StateAddress from, LocalState own) {
   if (!from.S) return;
-  for (int i = threadIdx.x; i < n.features * n.values; i += blockDim.x)
-    own.S.row(i / n.values)[i % n.values] += from.S[i];
+  for (int f = warp_index(); f < n.features; f += warp_count())
+    for (int v = lane_index(); v < n.values; v += 32) own.S.row(f)[v] += from.S[f * n.values + v];
+  for (int f = threadIdx.x; f < n.features; f += blockDim.x) own.z[f] += from.z[f];
+}
+
+__device__ __forceinline__ void merge_state(const Plan& n, LocalState from, LocalState own) {
+  for (int f = warp_index(); f < n.features; f += warp_count())
+    for (int v = lane_index(); v < n.values; v += 32) own.S.row(f)[v] += from.S.row(f)[v];
   for (int f = threadIdx.x; f < n.features; f += blockDim.x) own.z[f] += from.z[f];
 }
 
 __device__ __forceinline__ void store_state(const Plan& n, LocalState from, StateAddress to) {
   if (!to.S) return;
-  for (int i = threadIdx.x; i < n.features * n.values; i += blockDim.x)
-    to.S[i] = from.S.row(i / n.values)[i % n.values];
+  for (int f = warp_index(); f < n.features; f += warp_count())
+    for (int v = lane_index(); v < n.values; v += 32) to.S[f * n.values + v] = from.S.row(f)[v];
   for (int f = threadIdx.x; f < n.features; f += blockDim.x) to.z[f] = from.z[f];
 }
 
-// S += phi^T v and z += weight_r phi_r over the first `depth` rows of a tile.
-template <class T>
-__device__ __forceinline__ void update_state(const Plan& n, Tile<Element<T>> phi,
-                                             Tile<Element<T>> v, int depth, const float* weight,
-                                             LocalState state) {
+// S += phi^T v and z += weight_r phi_r over the first `depth` rows of a tile; to a second state too
+// if asked.
+template <bool Twice = false, class C>
+__device__ __forceinline__ void update_state(const C& c, Tile<typename C::E> phi,
+                                             Tile<typename C::E> v, int depth, const float* weight,
+                                             LocalState state, LocalState second = {}) {
+  const auto& n = c.n;
   for_blocks(n.feature_width, n.value_width, [&](Sums& sums) {
-    multiply<T>(sums, across_rows(phi), across_rows(v), 0, depth);
-    sums.each([&](int f, int c, float x) { state.S.row(f)[c] += x; });
+    multiply<C>(sums, across_rows(phi), across_rows(v), 0, depth);
+    sums.each([&](int f, int v, float x) {
+      state.S.row(f)[v] += x;
+      if (Twice) second.S.row(f)[v] += x;
+    });
   });
   for (int f = threadIdx.x; f < n.features; f += blockDim.x) {
     float sum = 0;
     for (int r = 0; r < depth; ++r)
       sum += weight ? weight[r] * to_float(phi.row(r)[f]) : to_float(phi.row(r)[f]);
     state.z[f] += sum;
+    if (Twice) second.z[f] += sum;
   }
 }
 
 // ---- tiles --------------------------------------------------------------------------------------
 
-template <class T>
-__device__ __forceinline__ void keys_to_features(const Call& c, const Features<T>& phi,
+template <class C>
+__device__ __forceinline__ void keys_to_features(const C& c, const typename C::Phi& phi,
                                                  const Segment& s, int64_t token, int valid,
-                                                 int active, Tile<T> stage, const Columns& columns,
-                                                 Tile<Element<T>> tile, float* inverse_norm) {
+                                                 int active, Tile<typename C::T> stage, const Columns& columns,
+                                                 Tile<typename C::E> tile, float* inverse_norm) {
   for (int r = warp_index(); r < active; r += warp_count()) {
     if (r < valid && c.keeps(s.batch, token + r)) {
-      Row row;
+      typename C::Row row;
       row.load(stage.row(r), c.n.head_dim);
       phi.of_key(row, columns, tile.row(r), inverse_norm + r);
     } else {
@@ -200,13 +234,13 @@ __device__ __forceinline__ void keys_to_features(const Call& c, const Features<T
   }
 }
 
-template <class T>
-__device__ __forceinline__ void queries_to_features(const Call& c, const Features<T>& phi,
-                                                    int valid, int active, Tile<T> stage,
-                                                    Tile<Element<T>> tile, float* inverse_norm) {
+template <class C>
+__device__ __forceinline__ void queries_to_features(const C& c, const typename C::Phi& phi,
+                                                    int valid, int active, Tile<typename C::T> stage,
+                                                    Tile<typename C::E> tile, float* inverse_norm) {
   for (int r = warp_index(); r < active; r += warp_count()) {
     if (r < valid) {
-      Row row;
+      typename C::Row row;
       row.load(stage.row(r), c.n.head_dim);
       phi.of_query(row, tile.row(r), inverse_norm + r);
     } else {
@@ -216,34 +250,34 @@ __device__ __forceinline__ void queries_to_features(const Call& c, const Feature
 }
 
 // Rows of values; zeros where masked, past the end, and in the padding.
-template <class T>
-__device__ __forceinline__ void values_to_tile(const Call& c, const Segment& s, int64_t token,
-                                               int valid, int active, Tile<T> stage,
-                                               Tile<Element<T>> tile) {
+template <class C>
+__device__ __forceinline__ void values_to_tile(const C& c, const Segment& s, int64_t token,
+                                               int valid, int active, Tile<typename C::T> stage,
+                                               Tile<typename C::E> tile) {
   for (int r = warp_index(); r < active; r += warp_count()) {
     const bool kept = r < valid && c.keeps(s.batch, token + r);
     for (int i = lane_index(); i < c.n.value_width; i += 32)
-      tile.row(r)[i] = from_float<Element<T>>(kept && i < c.n.values ? to_float(stage.row(r)[i]) : 0.0f);
+      tile.row(r)[i] = from_float<typename C::E>(kept && i < c.n.values ? to_float(stage.row(r)[i]) : 0.0f);
   }
 }
 
 // Writes dk and dv of a tile from d/dphi(k) and dv; a masked key has gradients of zero.
-template <class T>
-__device__ __forceinline__ void write_key_gradients(const Call& c, const Features<T>& phi,
+template <class C>
+__device__ __forceinline__ void write_key_gradients(const C& c, const typename C::Phi& phi,
                                                     const Segment& s, int64_t head, int64_t token,
-                                                    int valid, Tile<Element<T>> tile,
+                                                    int valid, Tile<typename C::E> tile,
                                                     const float* inverse_norm,
                                                     const float* column_sums, Tile<float> dphi,
                                                     Tile<float> dvalue) {
   for (int r = warp_index(); r < valid; r += warp_count()) {
     const bool kept = c.keeps(s.batch, token + r);
-    Row row;
+    typename C::Row row;
     phi.chain_key(tile.row(r), dphi.row(r), inverse_norm + r, column_sums, row);
     row.each(c.n.head_dim, [&](int, float& x) { x = kept ? x : 0.0f; });
-    store_row<T>(c.a.grad_key, s.batch, head, token + r, c.n.head_dim, row);
+    store_row<typename C::T>(c.a.grad_key, s.batch, head, token + r, c.n.head_dim, row);
     row.load(dvalue.row(r), c.n.values);
     row.each(c.n.values, [&](int, float& x) { x = kept ? x : 0.0f; });
-    store_row<T>(c.a.grad_value, s.batch, head, token + r, c.n.values, row);
+    store_row<typename C::T>(c.a.grad_value, s.batch, head, token + r, c.n.values, row);
   }
 }
 

@@ -3,8 +3,9 @@
 //   S_i = S_0 + sum_{j<=i} phi(k_j) v_j^T     out_i = phi(q_i) S_i / max(phi(q_i) . z_i, eps)
 //
 // Within a chunk the sum is a masked matrix product, A = tril(phi(q) phi(k)^T); everything before
-// the chunk is in the state, in float32, in shared memory. A block walks one segment of a sequence;
-// where there are more, the sums of all segments and a fold come first (k and v are read twice).
+// the chunk is in the state, in float32, in shared memory. Where there are heads enough for the whole
+// GPU a block walks all segments of a sequence; else it walks one, and the sums of all segments and a
+// fold come first (k and v are read twice).
 //
 // Backward, with g_i = do_i / den_i, u_i = S_i g_i, delta_i = -phi(q_i) . u_i / den_i:
 //
@@ -21,21 +22,21 @@ namespace fastattn::cuda {
 namespace {
 
 // A = tril(phi(q) phi(k)^T), row by row; no further right than the diagonal's 16 x 16 block.
-template <class T>
-__device__ __forceinline__ void multiply_lower(int active, Tile<Element<T>> a, Tile<Element<T>> b,
-                                               int depth, Tile<Element<T>> scores) {
+template <class C, class E = typename C::E>
+__device__ __forceinline__ void multiply_lower(int active, Tile<E> a, Tile<E> b, int depth,
+                                               Tile<E> scores) {
   for_lower_blocks(active, [&](Sums& sums) {
-    multiply<T>(sums, along_rows(a), along_rows(b), 0, depth);
+    multiply<C>(sums, along_rows(a), along_rows(b), 0, depth);
     sums.each([&](int i, int j, float x) {
-      scores.row(i)[j] = from_float<Element<T>>(j <= i ? x : 0.0f);
+      scores.row(i)[j] = from_float<E>(j <= i ? x : 0.0f);
     });
   });
 }
 
 // den_i = phi(q_i) . z + sum_{j<=i} A_ij, by a warp.
-template <class T>
-__device__ __forceinline__ float denominator(const Call& c, const Element<T>* phi, const float* z,
-                                             const Element<T>* scores, int row) {
+template <class C>
+__device__ __forceinline__ float denominator(const C& c, const typename C::E* phi, const float* z,
+                                             const typename C::E* scores, int row) {
   float sum = 0;
   for (int i = lane_index(); i < c.n.features; i += 32) sum += to_float(phi[i]) * z[i];
   for (int j = lane_index(); j <= row; j += 32) sum += to_float(scores[j]);
@@ -43,8 +44,8 @@ __device__ __forceinline__ float denominator(const Call& c, const Element<T>* ph
 }
 
 // Each number of a state becomes itself plus all before it (or after, backwards), in place.
-template <bool Backwards>
-__global__ void fold_segments_kernel(const __grid_constant__ Call c, const float*, int64_t stride,
+template <class C, bool Backwards>
+__global__ void fold_segments_kernel(const __grid_constant__ C c, const float*, int64_t stride,
                                      float* states) {
   for_own_number(c, [&](int64_t row, int64_t head, int i) {
     const Segment first = first_segment(c.p, c.a.cu_seqlens_k, c.p.key_length, row);
@@ -60,7 +61,8 @@ __global__ void fold_segments_kernel(const __grid_constant__ Call c, const float
 }
 
 // The state at the start of a segment: kept, or the caller's.
-__device__ __forceinline__ StateAddress start_of(const Call& c, const Segment& s, int64_t kv_head,
+template <class C>
+__device__ __forceinline__ StateAddress start_of(const C& c, const Segment& s, int64_t kv_head,
                                                  float* anchors) {
   if (s.index == 0) return state_at(c.a.initial, c.n, s.state * c.p.num_kv_heads + kv_head);
   return state_at(anchors, c.n, s.anchor * c.p.num_kv_heads + kv_head, c.p.state_size());
@@ -68,99 +70,162 @@ __device__ __forceinline__ StateAddress start_of(const Call& c, const Segment& s
 
 // ---- forward ------------------------------------------------------------------------------------
 
-template <class T>
-struct ForwardTiles : SumTiles<T> {
-  Tile<T> stage_q;
-  Tile<Element<T>> phi_q, scores;
-  Tile<float> out;
+template <class C>
+struct ForwardTiles : SumTiles<C> {
+  using T = typename C::T;
+  using E = typename C::E;
 
-  __host__ __device__ ForwardTiles(const Plan& n, float* spilled, Carve& carve)
-      : SumTiles<T>(n, spilled, carve) {
+  Tile<T> stage_q;
+  Tile<E> phi_q, scores;
+  Tile<float> out;
+  LocalState sum;  // of the segment alone, for a block that walks several
+
+  __host__ __device__ ForwardTiles(const typename C::Sizes& n, bool walks, float* spilled,
+                                   Carve& carve)
+      : SumTiles<C>(n, spilled, carve) {
     stage_q = take_tile<T>(carve, n.rows, n.stage_width());
-    phi_q = take_tile<Element<T>>(carve, n.rows, n.feature_width);
-    scores = take_tile<Element<T>>(carve, n.rows, n.rows);
+    phi_q = take_tile<E>(carve, n.rows, n.feature_width);
+    scores = take_tile<E>(carve, n.rows, n.rows);
     out = take_tile<float>(carve, n.rows, n.value_width);
+    if (!walks) return;
+    sum.z = carve.take<float>(n.feature_width);
+    sum.S = {carve.take<float>(n.state_elements()), n.state_stride()};
   }
 };
 
-// One block per query head and segment. While a chunk is computed the next one arrives.
-template <class T>
-__global__ void causal_kernel(const __grid_constant__ Call c, float* anchors, float* spill) {
-  const Plan& n = c.n;
-  const int64_t slot = blockIdx.x / c.p.num_heads, head = blockIdx.x % c.p.num_heads;
-  const int64_t kv_head = head / n.group;
-  const Segment s = key_segment(c, slot);
-  if (!s.exists()) return;
-  Carve carve{shared_memory};
-  const ForwardTiles<T> t(n, spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
-  const Features<T> phi(c.p, n);
-  const auto start = [&](int64_t token, int valid) {
+// Outputs of a segment from the state at its start in t.state, to which its keys are added. While a
+// chunk is computed the next one arrives.
+template <class C, bool Walks>
+__device__ void causal_segment(const C& c, const typename C::Phi& phi, const Segment& s,
+                               int64_t head, const ForwardTiles<C>& t) {
+  using T = typename C::T;
+  const auto& n = c.n;
+  const int64_t kv_head = head / n.group, end = s.begin + s.tokens;
+  const auto start = [&](int64_t token) {
+    const int valid = tokens_from(s, token, n.rows);
     fetch(t.stage_k, c.a.key, s.batch, kv_head, token, valid, n.head_dim);
     fetch(t.stage_v, c.a.value, s.batch, kv_head, token, valid, n.values);
     fetch(t.stage_q, c.a.query, s.batch, head, token, valid, n.head_dim);
     commit_copies();
   };
-  const int64_t end = s.begin + s.tokens;
-  if (s.tokens) start(s.begin, static_cast<int>(s.tokens < n.rows ? s.tokens : n.rows));
-  load_state(n, start_of(c, s, kv_head, anchors), t.state);
+  if (s.tokens) start(s.begin);
   for_tiles(s, n.rows, [&](int64_t token, int valid, int active) {
     wait_for_copies();
     __syncthreads();
-    keys_to_features<T>(c, phi, s, token, valid, active, t.stage_k, {}, t.phi, t.inverse_norm);
-    values_to_tile<T>(c, s, token, valid, active, t.stage_v, t.value);
-    queries_to_features<T>(c, phi, valid, active, t.stage_q, t.phi_q, t.inverse_norm);
+    keys_to_features(c, phi, s, token, valid, active, t.stage_k, {}, t.phi, t.inverse_norm);
+    values_to_tile(c, s, token, valid, active, t.stage_v, t.value);
+    queries_to_features(c, phi, valid, active, t.stage_q, t.phi_q, t.inverse_norm);
     __syncthreads();
-    const int64_t next = token + n.rows;
-    if (next < end) start(next, static_cast<int>(end - next < n.rows ? end - next : n.rows));
-    multiply_lower<T>(active, t.phi_q, t.phi, n.feature_width, t.scores);
+    if (token + n.rows < end) start(token + n.rows);
+    multiply_lower<C>(active, t.phi_q, t.phi, n.feature_width, t.scores);
     __syncthreads();
     for_blocks(active, n.value_width, [&](Sums& sums) {
-      multiply<T>(sums, along_rows(t.phi_q), across_rows(t.state.S), 0, n.feature_width);
-      multiply<T>(sums, along_rows(t.scores), across_rows(t.value), 0, sums.row + kBlockRows);
+      multiply<C>(sums, along_rows(t.phi_q), across_rows(t.state.S), 0, n.feature_width);
+      multiply<C>(sums, along_rows(t.scores), across_rows(t.value), 0, sums.row + kBlockRows);
       sums.each([&](int r, int v, float x) { t.out.row(r)[v] = x; });
     });
     __syncthreads();
     for (int r = warp_index(); r < valid; r += warp_count()) {
       float inverse = 1;
       if (c.divides()) {
-        const float den = denominator<T>(c, t.phi_q.row(r), t.state.z, t.scores.row(r), r);
+        const float den = denominator(c, t.phi_q.row(r), t.state.z, t.scores.row(r), r);
         inverse = inverse_denominator(den, c.eps());
       }
-      Row row;
+      typename C::Row row;
       row.load(t.out.row(r), n.values);
       row.each(n.values, [&](int, float& x) { x *= inverse; });
       store_row<T>(c.a.out, s.batch, head, token + r, n.values, row);
     }
     __syncthreads();
-    update_state<T>(n, t.phi, t.value, active, nullptr, t.state);
+    update_state<Walks>(c, t.phi, t.value, active, nullptr, t.state, t.sum);
   });
   __syncthreads();
+}
+
+// One block per query head and segment, from the states at the starts of segments.
+template <class C>
+__global__ void causal_kernel(const __grid_constant__ C c, float* anchors, float* spill) {
+  const auto& n = c.n;
+  const int64_t slot = blockIdx.x / c.p.num_heads, head = blockIdx.x % c.p.num_heads;
+  const int64_t kv_head = head / n.group;
+  const Segment s = key_segment(c, slot);
+  if (!s.exists()) return;
+  Carve carve{shared_memory};
+  const ForwardTiles<C> t(n, false, spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
+  const typename C::Phi phi(c.p, n);
+  load_state(n, start_of(c, s, kv_head, anchors), t.state);
+  causal_segment<C, false>(c, phi, s, head, t);
   if (s.index + 1 == s.count && head % n.group == 0)
     store_state(n, t.state, state_at(c.a.final, n, s.state * c.p.num_kv_heads + kv_head));
 }
 
+// One block per query head, through all segments of its sequence: k and v are read once. The same
+// sums in the same order as above: of a segment, from zero, then added to the state at its start,
+// which waits in `starts` meanwhile (written and read by this block alone, so mostly in L2).
+template <class C>
+__global__ void causal_walk_kernel(const __grid_constant__ C c, float* anchors, float* starts) {
+  const auto& n = c.n;
+  const int64_t row = blockIdx.x / c.p.num_heads, head = blockIdx.x % c.p.num_heads;
+  const int64_t kv_head = head / n.group, size = c.p.state_size();
+  Carve carve{shared_memory};
+  const ForwardTiles<C> t(n, true, nullptr, carve);
+  const typename C::Phi phi(c.p, n);
+  const Segment first = first_segment(c.p, c.a.cu_seqlens_k, c.p.key_length, row);
+  const StateAddress start = state_at(starts, n, blockIdx.x, size);
+  const bool leads = head % n.group == 0;
+  load_state(n, state_at(c.a.initial, n, row * c.p.num_kv_heads + kv_head), t.state);
+  for (int64_t i = 0; i < first.count; ++i) {
+    const Segment s = segment_at(c.p, c.a.cu_seqlens_k, c.p.key_length, first.slot + i);
+    if (leads && i > 0 && c.p.needs_grad)
+      store_state(n, t.state, state_at(anchors, n, s.anchor * c.p.num_kv_heads + kv_head, size));
+    if (i + 1 < first.count) store_state(n, t.state, start);
+    load_state(n, {}, t.sum);
+    __syncthreads();
+    causal_segment<C, true>(c, phi, s, head, t);
+    if (i + 1 == first.count) break;
+    load_state(n, start, t.state);
+    merge_state(n, t.sum, t.state);
+    __syncthreads();
+  }
+  if (leads)
+    store_state(n, t.state, state_at(c.a.final, n, row * c.p.num_kv_heads + kv_head));
+}
+
 // ---- backward -----------------------------------------------------------------------------------
 
-// The stage holds rows on their way in; scores take its place once they are there.
-template <class T>
+// Stages hold rows on their way in. With room to spare each has its own place and the next rows are
+// on their way while these are computed; else one stage serves for k and v, then q and do, and the
+// scores take its place once the rows are there.
+template <class C>
 struct BackwardTiles {
-  Tile<T> stage_a, stage_b;
-  Tile<Element<T>> phi_k, value, phi_q, g, scores, pairs;  // pairs: tril(g v^T), then plus delta
+  using T = typename C::T;
+  using E = typename C::E;
+
+  bool ahead;
+  Tile<T> stage_k, stage_v, stage_q, stage_do;
+  Tile<E> phi_k, value, phi_q, g, scores, pairs;  // pairs: tril(g v^T), then plus delta
   Tile<float> dphi, dvalue;
   float *inverse_norm_k, *inverse_norm_q, *inverse, *slope, *delta;
   LocalState state;  // forward sweep: S and z; reverse sweep: dS and dz
 
-  __host__ __device__ BackwardTiles(const Plan& n, bool keys, float* spilled, Carve& carve) {
+  __host__ __device__ BackwardTiles(const typename C::Sizes& n, bool keys, bool ahead,
+                                    float* spilled, Carve& carve)
+      : ahead(ahead) {
     Carve stage = carve;
-    stage_a = take_tile<T>(stage, n.rows, n.stage_width());
-    stage_b = take_tile<T>(stage, n.rows, n.value_width);
-    scores = take_tile<Element<T>>(carve, n.rows, n.rows);
-    pairs = take_tile<Element<T>>(carve, n.rows, n.rows);
+    stage_k = stage_q = take_tile<T>(stage, n.rows, n.stage_width());
+    stage_v = stage_do = take_tile<T>(stage, n.rows, n.value_width);
+    if (ahead) {
+      stage_q = take_tile<T>(stage, n.rows, n.stage_width());
+      stage_do = take_tile<T>(stage, n.rows, n.value_width);
+      carve = stage;
+    }
+    scores = take_tile<E>(carve, n.rows, n.rows);
+    pairs = take_tile<E>(carve, n.rows, n.rows);
     if (stage.used > carve.used) carve.used = stage.used;
-    phi_k = take_tile<Element<T>>(carve, n.rows, n.feature_width);
-    value = take_tile<Element<T>>(carve, n.rows, n.value_width);
-    phi_q = take_tile<Element<T>>(carve, n.rows, n.feature_width);
-    g = take_tile<Element<T>>(carve, n.rows, n.value_width);
+    phi_k = take_tile<E>(carve, n.rows, n.feature_width);
+    value = take_tile<E>(carve, n.rows, n.value_width);
+    phi_q = take_tile<E>(carve, n.rows, n.feature_width);
+    g = take_tile<E>(carve, n.rows, n.value_width);
     dphi = take_tile<float>(carve, n.rows, n.feature_width);
     if (keys) dvalue = take_tile<float>(carve, n.rows, n.value_width);
     inverse_norm_k = carve.take<float>(n.rows);
@@ -177,85 +242,117 @@ struct BackwardTiles {
 struct RowFactors {
   float2* data;
 
-  __device__ __forceinline__ float2* at(const Call& c, int64_t batch, int64_t head,
+  template <class C>
+  __device__ __forceinline__ float2* at(const C& c, int64_t batch, int64_t head,
                                         int64_t token) const {
     return data + (batch * c.p.num_heads + head) * c.p.query_length + token;
   }
 };
 
-template <class T>
-__device__ __forceinline__ void load_keys(const Call& c, const Features<T>& phi, const Segment& s,
-                                          int64_t head, int64_t token, int valid, int active,
-                                          const BackwardTiles<T>& t) {
-  fetch(t.stage_a, c.a.key, s.batch, head, token, valid, c.n.head_dim);
-  fetch(t.stage_b, c.a.value, s.batch, head, token, valid, c.n.values);
+// Which rows: a tile of the tokens of a head. Nowhere: head < 0.
+struct Rows {
+  int64_t head, token;
+};
+
+template <class C>
+__device__ __forceinline__ void start_keys(const C& c, const Segment& s, Rows at,
+                                           const BackwardTiles<C>& t) {
+  const int valid = tokens_from(s, at.token, c.n.rows);
+  fetch(t.stage_k, c.a.key, s.batch, at.head, at.token, valid, c.n.head_dim);
+  fetch(t.stage_v, c.a.value, s.batch, at.head, at.token, valid, c.n.values);
   commit_copies();
+}
+
+template <class C>
+__device__ __forceinline__ void start_queries(const C& c, const Segment& s, Rows at,
+                                              const BackwardTiles<C>& t) {
+  const int valid = tokens_from(s, at.token, c.n.rows);
+  fetch(t.stage_q, c.a.query, s.batch, at.head, at.token, valid, c.n.head_dim);
+  fetch(t.stage_do, c.a.grad_out, s.batch, at.head, at.token, valid, c.n.values);
+  commit_copies();
+}
+
+// phi(k) and v of a tile; the rows after it are sent for if there is room.
+template <class C>
+__device__ __forceinline__ void load_keys(const C& c, const typename C::Phi& phi, const Segment& s,
+                                          Rows at, Rows next, int valid, int active,
+                                          const BackwardTiles<C>& t) {
+  if (!t.ahead) start_keys(c, s, at, t);
   wait_for_copies();
   __syncthreads();
-  keys_to_features<T>(c, phi, s, token, valid, active, t.stage_a, {}, t.phi_k, t.inverse_norm_k);
-  values_to_tile<T>(c, s, token, valid, active, t.stage_b, t.value);
+  keys_to_features(c, phi, s, at.token, valid, active, t.stage_k, {}, t.phi_k, t.inverse_norm_k);
+  values_to_tile(c, s, at.token, valid, active, t.stage_v, t.value);
   __syncthreads();
+  if (t.ahead && next.head >= 0) start_keys(c, s, next, t);
 }
 
 // phi(q), and do in g's place, still undivided (nothing is rounded yet).
-template <class T>
-__device__ __forceinline__ void load_queries(const Call& c, const Features<T>& phi,
-                                             const Segment& s, int64_t head, int64_t token,
-                                             int valid, int active, const BackwardTiles<T>& t) {
-  fetch(t.stage_a, c.a.query, s.batch, head, token, valid, c.n.head_dim);
-  fetch(t.stage_b, c.a.grad_out, s.batch, head, token, valid, c.n.values);
-  commit_copies();
+template <class C>
+__device__ __forceinline__ void load_queries(const C& c, const typename C::Phi& phi,
+                                             const Segment& s, Rows at, Rows next, int valid,
+                                             int active, const BackwardTiles<C>& t) {
+  if (!t.ahead) start_queries(c, s, at, t);
   wait_for_copies();
   __syncthreads();
-  queries_to_features<T>(c, phi, valid, active, t.stage_a, t.phi_q, t.inverse_norm_q);
+  queries_to_features(c, phi, valid, active, t.stage_q, t.phi_q, t.inverse_norm_q);
   for (int r = warp_index(); r < active; r += warp_count())
     for (int i = lane_index(); i < c.n.value_width; i += 32)
-      t.g.row(r)[i] = from_float<Element<T>>(
-          r < valid && i < c.n.values ? to_float(t.stage_b.row(r)[i]) : 0.0f);
+      t.g.row(r)[i] = from_float<typename C::E>(
+          r < valid && i < c.n.values ? to_float(t.stage_do.row(r)[i]) : 0.0f);
   __syncthreads();
+  if (t.ahead && next.head >= 0) start_queries(c, s, next, t);
 }
 
 // g = do times 1 / den, a row by a warp.
-template <class T>
-__device__ __forceinline__ void divide_row(const Call& c, const BackwardTiles<T>& t, int r,
+template <class C>
+__device__ __forceinline__ void divide_row(const C& c, const BackwardTiles<C>& t, int r,
                                            float inverse) {
   for (int i = lane_index(); i < c.n.values; i += 32)
-    t.g.row(r)[i] = from_float<Element<T>>(to_float(t.g.row(r)[i]) * inverse);
+    t.g.row(r)[i] = from_float<typename C::E>(to_float(t.g.row(r)[i]) * inverse);
 }
 
 // One block per query head and segment: writes dq, and the row factors.
-template <class T>
-__global__ void query_gradient_kernel(const __grid_constant__ Call c, float* anchors,
-                                      RowFactors factors, float* spill) {
-  const Plan& n = c.n;
+template <class C>
+__global__ void query_gradient_kernel(const __grid_constant__ C c, float* anchors,
+                                      RowFactors factors, bool ahead, float* spill) {
+  using T = typename C::T;
+  using E = typename C::E;
+  const auto& n = c.n;
   const int64_t slot = blockIdx.x / c.p.num_heads, head = blockIdx.x % c.p.num_heads;
   const int64_t kv_head = head / n.group;
   const Segment s = key_segment(c, slot);
   if (!s.exists()) return;
   Carve carve{shared_memory};
-  const BackwardTiles<T> t(n, false, spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
-  const Features<T> phi(c.p, n);
+  const BackwardTiles<C> t(n, false, ahead,
+                           spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
+  const typename C::Phi phi(c.p, n);
+  if (ahead && s.tokens) {
+    start_keys(c, s, {kv_head, s.begin}, t);
+    start_queries(c, s, {head, s.begin}, t);
+  }
   load_state(n, start_of(c, s, kv_head, anchors), t.state);
   for_tiles(s, n.rows, [&](int64_t token, int valid, int active) {
+    const int64_t next = token + n.rows;
+    const bool more = next < s.begin + s.tokens;
     __syncthreads();
-    load_keys<T>(c, phi, s, kv_head, token, valid, active, t);
-    load_queries<T>(c, phi, s, head, token, valid, active, t);
-    multiply_lower<T>(active, t.phi_q, t.phi_k, n.feature_width, t.scores);
+    load_keys(c, phi, s, {kv_head, token}, {more ? kv_head : -1, next}, valid, active, t);
+    load_queries(c, phi, s, {head, token}, {more ? head : -1, next}, valid, active, t);
+    multiply_lower<C>(active, t.phi_q, t.phi_k, n.feature_width, t.scores);
     __syncthreads();
     for (int r = warp_index(); r < valid; r += warp_count()) {
       float inverse = 1, slope = 0;
       if (c.divides()) {
-        const float den = denominator<T>(c, t.phi_q.row(r), t.state.z, t.scores.row(r), r);
+        const float den = denominator(c, t.phi_q.row(r), t.state.z, t.scores.row(r), r);
         inverse = inverse_denominator_of_gradient(den, c.eps());
         slope = denominator_slope(den, c.eps());
-        divide_row<T>(c, t, r, inverse);
+        divide_row(c, t, r, inverse);
       }
       if (lane_index() == 0) t.inverse[r] = inverse, t.slope[r] = slope;
     }
     __syncthreads();
-    multiply_lower<T>(active, t.g, t.value, n.value_width, t.pairs);
+    multiply_lower<C>(active, t.g, t.value, n.value_width, t.pairs);
     for_blocks(active, n.feature_width, [&](Sums& sums) {
-      multiply<T>(sums, along_rows(t.g), along_rows(t.state.S), 0, n.value_width);
+      multiply<C>(sums, along_rows(t.g), along_rows(t.state.S), 0, n.value_width);
       sums.each([&](int r, int f, float x) { t.dphi.row(r)[f] = x; });
     });
     __syncthreads();
@@ -268,7 +365,7 @@ __global__ void query_gradient_kernel(const __grid_constant__ Call c, float* anc
           within += to_float(t.scores.row(r)[j]) * to_float(t.pairs.row(r)[j]);
         delta = -(along + warp_sum(within)) * t.slope[r];
         for (int j = lane_index(); j <= r; j += 32)
-          t.pairs.row(r)[j] = from_float<Element<T>>(to_float(t.pairs.row(r)[j]) + delta);
+          t.pairs.row(r)[j] = from_float<E>(to_float(t.pairs.row(r)[j]) + delta);
       }
       if (lane_index() == 0) t.delta[r] = delta;
       if (lane_index() == 0 && r < valid)
@@ -276,34 +373,37 @@ __global__ void query_gradient_kernel(const __grid_constant__ Call c, float* anc
     }
     __syncthreads();
     for_blocks(active, n.feature_width, [&](Sums& sums) {
-      multiply<T>(sums, along_rows(t.pairs), across_rows(t.phi_k), 0, sums.row + kBlockRows);
+      multiply<C>(sums, along_rows(t.pairs), across_rows(t.phi_k), 0, sums.row + kBlockRows);
       sums.each([&](int r, int f, float x) {
         t.dphi.row(r)[f] += x + t.delta[r] * t.state.z[f];
       });
     });
     __syncthreads();
     for (int r = warp_index(); r < valid; r += warp_count()) {
-      Row row;
+      typename C::Row row;
       phi.chain_query(t.phi_q.row(r), t.dphi.row(r), t.inverse_norm_q + r, row);
       store_row<T>(c.a.grad_query, s.batch, head, token + r, n.head_dim, row);
     }
-    update_state<T>(n, t.phi_k, t.value, active, nullptr, t.state);
+    update_state(c, t.phi_k, t.value, active, nullptr, t.state);
   });
 }
 
 // One block per kv head and segment, last chunk first. Without `Writes`: sums of phi(q) g^T and
 // delta phi(q) over all segments but a sequence's first, kept where their own start's state is. With
 // it, from the sum over all later segments: writes dk and dv, and the initial state's gradient.
-template <class T, bool Writes>
-__global__ void key_gradient_kernel(const __grid_constant__ Call c, float* sums_of_segments,
-                                    RowFactors factors, float* spill) {
-  const Plan& n = c.n;
+template <class C, bool Writes>
+__global__ void key_gradient_kernel(const __grid_constant__ C c, float* sums_of_segments,
+                                    RowFactors factors, bool ahead, float* spill) {
+  using T = typename C::T;
+  using E = typename C::E;
+  const auto& n = c.n;
   const int64_t slot = blockIdx.x / c.p.num_kv_heads, kv_head = blockIdx.x % c.p.num_kv_heads;
   const Segment s = key_segment(c, slot);
   if (!s.exists() || (!Writes && s.index == 0)) return;
   Carve carve{shared_memory};
-  const BackwardTiles<T> t(n, true, spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
-  const Features<T> phi(c.p, n);
+  const BackwardTiles<C> t(n, true, ahead,
+                           spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
+  const typename C::Phi phi(c.p, n);
   const int64_t row = s.state * c.p.num_kv_heads + kv_head, size = c.p.state_size();
   const bool last = s.index + 1 == s.count;
   StateAddress after{};
@@ -311,57 +411,66 @@ __global__ void key_gradient_kernel(const __grid_constant__ Call c, float* sums_
   if (Writes && !last)
     after = state_at(sums_of_segments, n, (s.anchor + 1) * c.p.num_kv_heads + kv_head, size);
   load_state(n, after, t.state);
-  for (int64_t first = (s.tokens - 1) / n.rows * n.rows; s.tokens && first >= 0; first -= n.rows) {
-    const int64_t token = s.begin + first;
-    const int valid = static_cast<int>(s.tokens - first < n.rows ? s.tokens - first : n.rows);
+  const int64_t first_head = kv_head * n.group, end_head = first_head + n.group;
+  const int64_t last_token = s.begin + (s.tokens - 1) / n.rows * n.rows;
+  if (ahead && s.tokens) {
+    if (Writes) start_keys(c, s, {kv_head, last_token}, t);
+    start_queries(c, s, {first_head, last_token}, t);
+  }
+  for (int64_t token = last_token; s.tokens && token >= s.begin; token -= n.rows) {
+    const int valid = tokens_from(s, token, n.rows);
     const int active = (valid + 15) / 16 * 16;
+    const int64_t before = token - n.rows;
+    const bool more = before >= s.begin;
     __syncthreads();
     if (Writes) {
-      load_keys<T>(c, phi, s, kv_head, token, valid, active, t);
+      load_keys(c, phi, s, {kv_head, token}, {more ? kv_head : -1, before}, valid, active, t);
       // From the queries of all later chunks: through dS and dz.
       for_blocks(active, n.feature_width, [&](Sums& sums) {
-        multiply<T>(sums, along_rows(t.value), along_rows(t.state.S), 0, n.value_width);
+        multiply<C>(sums, along_rows(t.value), along_rows(t.state.S), 0, n.value_width);
         sums.each([&](int r, int f, float x) { t.dphi.row(r)[f] = x + t.state.z[f]; });
       });
       for_blocks(active, n.value_width, [&](Sums& sums) {
-        multiply<T>(sums, along_rows(t.phi_k), across_rows(t.state.S), 0, n.feature_width);
+        multiply<C>(sums, along_rows(t.phi_k), across_rows(t.state.S), 0, n.feature_width);
         sums.each([&](int r, int v, float x) { t.dvalue.row(r)[v] = x; });
       });
     }
-    for (int64_t head = kv_head * n.group; head < (kv_head + 1) * n.group; ++head) {
+    for (int64_t head = first_head; head < end_head; ++head) {
+      Rows next{more ? first_head : -1, before};
+      if (head + 1 < end_head) next = {head + 1, token};
       __syncthreads();
-      load_queries<T>(c, phi, s, head, token, valid, active, t);
+      load_queries(c, phi, s, {head, token}, next, valid, active, t);
       for (int r = warp_index(); r < active; r += warp_count()) {
         const float2 own = r < valid ? *factors.at(c, s.batch, head, token + r) : float2{0, 0};
-        if (c.divides()) divide_row<T>(c, t, r, own.x);
+        if (c.divides()) divide_row(c, t, r, own.x);
         if (lane_index() == 0) t.delta[r] = own.y;
       }
       __syncthreads();
       if (Writes) {
         // From the queries i >= j of this chunk.
-        multiply_lower<T>(active, t.phi_q, t.phi_k, n.feature_width, t.scores);
+        multiply_lower<C>(active, t.phi_q, t.phi_k, n.feature_width, t.scores);
         for_lower_blocks(active, [&](Sums& sums) {
-          multiply<T>(sums, along_rows(t.g), along_rows(t.value), 0, n.value_width);
+          multiply<C>(sums, along_rows(t.g), along_rows(t.value), 0, n.value_width);
           sums.each([&](int i, int j, float x) {
-            t.pairs.row(i)[j] = from_float<Element<T>>(j <= i ? x + t.delta[i] : 0.0f);
+            t.pairs.row(i)[j] = from_float<E>(j <= i ? x + t.delta[i] : 0.0f);
           });
         });
         __syncthreads();
         for_blocks(active, n.value_width, [&](Sums& sums) {
-          multiply<T>(sums, across_rows(t.scores), across_rows(t.g), sums.row, active);
+          multiply<C>(sums, across_rows(t.scores), across_rows(t.g), sums.row, active);
           sums.each([&](int r, int v, float x) { t.dvalue.row(r)[v] += x; });
         });
         for_blocks(active, n.feature_width, [&](Sums& sums) {
-          multiply<T>(sums, across_rows(t.pairs), across_rows(t.phi_q), sums.row, active);
+          multiply<C>(sums, across_rows(t.pairs), across_rows(t.phi_q), sums.row, active);
           sums.each([&](int r, int f, float x) { t.dphi.row(r)[f] += x; });
         });
       }
-      update_state<T>(n, t.phi_q, t.g, active, t.delta, t.state);
+      update_state(c, t.phi_q, t.g, active, t.delta, t.state);
     }
     if (Writes) {
       __syncthreads();
-      write_key_gradients<T>(c, phi, s, kv_head, token, valid, t.phi_k, t.inverse_norm_k, nullptr,
-                             t.dphi, t.dvalue);
+      write_key_gradients(c, phi, s, kv_head, token, valid, t.phi_k, t.inverse_norm_k, nullptr,
+                          t.dphi, t.dvalue);
     }
   }
   __syncthreads();
@@ -372,73 +481,93 @@ __global__ void key_gradient_kernel(const __grid_constant__ Call c, float* sums_
     store_state(n, t.state, state_at(c.a.grad_initial, n, row));
 }
 
-template <class T>
-size_t forward_bytes(const Plan& n, bool holds_state) {
+template <class C>
+size_t forward_bytes(const C& c, bool walks, bool holds_state) {
   Carve carve{nullptr};
   float elsewhere;
-  ForwardTiles<T>(n, holds_state ? nullptr : &elsewhere, carve);
+  ForwardTiles<C>(c.n, walks, holds_state ? nullptr : &elsewhere, carve);
   return carve.used;
 }
 
-template <class T>
-size_t backward_bytes(const Plan& n, bool keys, bool holds_state) {
-  Carve carve{nullptr};
-  float elsewhere;
-  BackwardTiles<T>(n, keys, holds_state ? nullptr : &elsewhere, carve);
-  return carve.used;
-}
+// How a kernel of the backward pass uses shared memory: copies ahead, the state too, or neither.
+template <class C>
+struct BackwardPlace {
+  bool ahead;
+  size_t shared_bytes;
+  float* spill;
+
+  BackwardPlace(const C& c, bool keys, int64_t blocks, Launcher& launch) {
+    const auto bytes = [&](bool ahead, bool holds_state) {
+      Carve carve{nullptr};
+      float elsewhere;
+      BackwardTiles<C>(c.n, keys, ahead, holds_state ? nullptr : &elsewhere, carve);
+      return carve.used;
+    };
+    ahead = launch.fits(bytes(true, true));
+    const auto bytes_of = [&](bool holds_state) { return bytes(ahead, holds_state); };
+    spill = launch.place_states(blocks, c.n.state_elements(), bytes_of);
+    shared_bytes = bytes_of(launch.fits(bytes_of(true)));
+  }
+};
 
 }  // namespace
 
-template <class T>
+template <class T, int Width>
 void causal_forward(const Problem& problem, const Arguments& args, Launcher& launch) {
-  const Call call{problem, args, make_plan(problem, sizeof(Element<T>))};
-  const Plan& n = call.n;
-  float* anchors = nullptr;
-  if (const int64_t count = anchor_slots(problem)) {
-    const int64_t size = problem.state_size();
-    anchors = problem.needs_grad ? static_cast<float*>(args.saved)
-                                 : launch.take(count * problem.num_kv_heads * size);
-    launch_sums<T>(launch, call, anchors, size);
-    launch_fold(launch, "fold_segments", call, fold_segments_kernel<false>, anchors, size, anchors);
+  using C = Call<T, Width>;
+  const C call = make_call<C>(problem, args);
+  const auto& n = call.n;
+  const int64_t size = problem.state_size(), sequences = problem.batch * problem.num_heads;
+  float* anchors = static_cast<float*>(args.saved);
+  if (anchor_slots(problem) && !problem.num_sequences && launch.fills_device(sequences) &&
+      launch.fits(forward_bytes(call, true, true))) {
+    float* starts = launch.take(sequences * size);
+    launch("causal_walk", causal_walk_kernel<C>, sequences, n.threads,
+           forward_bytes(call, true, true), call, anchors, starts);
+    return;
   }
-  const auto bytes = [&](bool holds_state) { return forward_bytes<T>(n, holds_state); };
+  if (const int64_t count = anchor_slots(problem)) {
+    if (!problem.needs_grad) anchors = launch.take(count * problem.num_kv_heads * size);
+    launch_sums(launch, call, anchors, size);
+    launch_fold(launch, "fold_segments", call, fold_segments_kernel<C, false>, anchors, size, anchors);
+  }
+  const auto bytes = [&](bool holds_state) { return forward_bytes(call, false, holds_state); };
   const int64_t blocks = n.key_slots * problem.num_heads;
   float* spill = launch.place_states(blocks, n.state_elements(), bytes);
-  launch("causal_forward", causal_kernel<T>, blocks, n.threads, bytes(launch.fits(bytes(true))),
+  launch("causal_forward", causal_kernel<C>, blocks, n.threads, bytes(launch.fits(bytes(true))),
          call, anchors, spill);
 }
 
-template <class T>
+template <class T, int Width>
 void causal_backward(const Problem& problem, const Arguments& args, Launcher& launch) {
-  const Call call{problem, args, make_plan(problem, sizeof(Element<T>))};
-  const Plan& n = call.n;
+  using C = Call<T, Width>;
+  const C call = make_call<C>(problem, args);
+  const auto& n = call.n;
   float* anchors = static_cast<float*>(args.saved);
   const RowFactors factors{reinterpret_cast<float2*>(
       launch.take(2 * problem.batch * problem.num_heads * problem.query_length))};
-  const auto query_bytes = [&](bool holds) { return backward_bytes<T>(n, false, holds); };
-  const auto key_bytes = [&](bool holds) { return backward_bytes<T>(n, true, holds); };
   const int64_t query_blocks = n.key_slots * problem.num_heads;
   const int64_t key_blocks = n.key_slots * problem.num_kv_heads;
-  const size_t key_shared = key_bytes(launch.fits(key_bytes(true)));
 
-  float* spill = launch.place_states(query_blocks, n.state_elements(), query_bytes);
-  launch("causal_query_gradient", query_gradient_kernel<T>, query_blocks, n.threads,
-         query_bytes(launch.fits(query_bytes(true))), call, anchors, factors, spill);
-  spill = launch.place_states(key_blocks, n.state_elements(), key_bytes);
+  const BackwardPlace<C> queries(call, false, query_blocks, launch);
+  launch("causal_query_gradient", query_gradient_kernel<C>, query_blocks, n.threads,
+         queries.shared_bytes, call, anchors, factors, queries.ahead, queries.spill);
+  const BackwardPlace<C> keys(call, true, key_blocks, launch);
   float* sums = nullptr;
   if (const int64_t count = anchor_slots(problem)) {
     const int64_t size = problem.state_size();
     sums = launch.take(count * problem.num_kv_heads * size);
-    launch("causal_gradient_sums", key_gradient_kernel<T, false>, key_blocks, n.threads, key_shared,
-           call, sums, factors, spill);
-    launch_fold(launch, "fold_gradients", call, fold_segments_kernel<true>, sums, size, sums);
+    launch("causal_gradient_sums", key_gradient_kernel<C, false>, key_blocks, n.threads,
+           keys.shared_bytes, call, sums, factors, keys.ahead, keys.spill);
+    launch_fold(launch, "fold_gradients", call, fold_segments_kernel<C, true>, sums, size, sums);
   }
-  launch("causal_key_gradient", key_gradient_kernel<T, true>, key_blocks, n.threads, key_shared,
-         call, sums, factors, spill);
+  launch("causal_key_gradient", key_gradient_kernel<C, true>, key_blocks, n.threads,
+         keys.shared_bytes, call, sums, factors, keys.ahead, keys.spill);
 }
 
-template void causal_forward<FASTATTN_DTYPE>(const Problem&, const Arguments&, Launcher&);
-template void causal_backward<FASTATTN_DTYPE>(const Problem&, const Arguments&, Launcher&);
+template void causal_forward<FASTATTN_DTYPE, FASTATTN_WIDTH>(const Problem&, const Arguments&,
+                                                             Launcher&);
+template void causal_backward<FASTATTN_DTYPE, FASTATTN_WIDTH>(const Problem&, const Arguments&,
+                                                              Launcher&);
 
 }  // namespace fastattn::cuda

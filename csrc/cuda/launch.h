@@ -20,14 +20,19 @@ inline void check(cudaError_t error, const char* what, const Problem& problem) {
                            ": " + cudaGetErrorString(error));
 }
 
+// What of a GPU a launch depends on: bytes of shared memory that a block may have, multiprocessors.
+struct Limits {
+  int shared_bytes, multiprocessors;
+};
+
 class Launcher {
  public:
-  Launcher(const Problem& problem, cudaStream_t stream, float* workspace, int shared_limit)
-      : problem_(problem), stream_(stream), workspace_(workspace), shared_limit_(shared_limit) {}
+  Launcher(const Problem& problem, cudaStream_t stream, float* workspace, Limits limits)
+      : problem_(problem), stream_(stream), workspace_(workspace), limits_(limits) {}
 
   // Nothing is launched: for asking workspace_floats.
-  static Launcher planning(const Problem& problem, int shared_limit) {
-    Launcher launcher(problem, nullptr, nullptr, shared_limit);
+  static Launcher planning(const Problem& problem, Limits limits) {
+    Launcher launcher(problem, nullptr, nullptr, limits);
     launcher.plans_ = true;
     return launcher;
   }
@@ -49,8 +54,11 @@ class Launcher {
   }
 
   bool fits(size_t shared_bytes) const {
-    return shared_bytes <= static_cast<size_t>(shared_limit_);
+    return shared_bytes <= static_cast<size_t>(limits_.shared_bytes);
   }
+
+  // Whether so many blocks leave no multiprocessor idle.
+  bool fills_device(int64_t blocks) const { return blocks >= limits_.multiprocessors; }
 
   template <class... Parameters, class... Given>
   void operator()(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
@@ -79,7 +87,7 @@ class Launcher {
   const Problem& problem_;
   cudaStream_t stream_;
   float* workspace_;
-  int shared_limit_;
+  Limits limits_;
   int64_t used_ = 0;
   bool plans_ = false;
 };

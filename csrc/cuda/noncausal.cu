@@ -9,7 +9,8 @@
 //   dS = sum_i phi(q_i) g_i^T    dz = sum_i delta_i phi(q_i)
 //   dphi(k_j) = dS v_j + dz      dv_j = dS^T phi(k_j)
 //
-// reads q and do once, then k and v once, from the saved S and z alone.
+// reads q and do once, then k and v once, from the saved S and z alone: again in one launch, one block
+// per key head, up to a segment of tokens.
 #include "fold.cuh"
 
 namespace fastattn::cuda {
@@ -17,34 +18,34 @@ namespace {
 
 // ---- forward ------------------------------------------------------------------------------------
 
-template <class T>
-struct ForwardTiles : SumTiles<T> {  // queries take the place of keys
+template <class C>
+struct ForwardTiles : SumTiles<C> {  // queries take the place of keys
   Tile<float> out;
 
-  __host__ __device__ ForwardTiles(const Plan& n, float* spilled, Carve& carve)
-      : SumTiles<T>(n, spilled, carve), out(take_tile<float>(carve, n.rows, n.value_width)) {}
+  __host__ __device__ ForwardTiles(const typename C::Sizes& n, float* spilled, Carve& carve)
+      : SumTiles<C>(n, spilled, carve), out(take_tile<float>(carve, n.rows, n.value_width)) {}
 };
 
 // Outputs of the queries of a segment from the state in t.
-template <class T>
-__device__ void emit(const Call& c, const Features<T>& phi, const Segment& s, int64_t head,
-                     const ForwardTiles<T>& t) {
-  const Plan& n = c.n;
-  const auto start = [&](int64_t token, int valid) {
-    fetch(t.stage_k, c.a.query, s.batch, head, token, valid, n.head_dim);
+template <class C>
+__device__ void emit(const C& c, const typename C::Phi& phi, const Segment& s, int64_t head,
+                     const ForwardTiles<C>& t) {
+  using T = typename C::T;
+  const auto& n = c.n;
+  const auto start = [&](int64_t token) {
+    fetch(t.stage_k, c.a.query, s.batch, head, token, tokens_from(s, token, n.rows), n.head_dim);
     commit_copies();
   };
   const int64_t end = s.begin + s.tokens;
-  if (s.tokens) start(s.begin, static_cast<int>(s.tokens < n.rows ? s.tokens : n.rows));
+  if (s.tokens) start(s.begin);
   for_tiles(s, n.rows, [&](int64_t token, int valid, int active) {
     wait_for_copies();
     __syncthreads();
-    queries_to_features<T>(c, phi, valid, active, t.stage_k, t.phi, t.inverse_norm);
+    queries_to_features(c, phi, valid, active, t.stage_k, t.phi, t.inverse_norm);
     __syncthreads();
-    const int64_t next = token + n.rows;
-    if (next < end) start(next, static_cast<int>(end - next < n.rows ? end - next : n.rows));
+    if (token + n.rows < end) start(token + n.rows);
     for_blocks(active, n.value_width, [&](Sums& sums) {
-      multiply<T>(sums, along_rows(t.phi), across_rows(t.state.S), 0, n.feature_width);
+      multiply<C>(sums, along_rows(t.phi), across_rows(t.state.S), 0, n.feature_width);
       sums.each([&](int r, int v, float x) { t.out.row(r)[v] = x; });
     });
     __syncthreads();
@@ -52,7 +53,7 @@ __device__ void emit(const Call& c, const Features<T>& phi, const Segment& s, in
       float inverse = 1;
       if (c.divides())
         inverse = inverse_denominator(dot_row(t.phi.row(r), t.state.z, n.features), c.eps());
-      Row row;
+      typename C::Row row;
       row.load(t.out.row(r), n.values);
       row.each(n.values, [&](int, float& x) { x *= inverse; });
       store_row<T>(c.a.out, s.batch, head, token + r, n.values, row);
@@ -61,22 +62,22 @@ __device__ void emit(const Call& c, const Features<T>& phi, const Segment& s, in
 }
 
 // One block per query head: sums its keys, then emits.
-template <class T>
-__global__ void noncausal_kernel(const __grid_constant__ Call c, float* spill) {
-  const Plan& n = c.n;
+template <class C>
+__global__ void noncausal_kernel(const __grid_constant__ C c, float* spill) {
+  const auto& n = c.n;
   const int64_t batch = blockIdx.x / c.p.num_heads, head = blockIdx.x % c.p.num_heads;
   const int64_t kv_head = head / n.group, index = batch * c.p.num_kv_heads + kv_head;
   Carve carve{shared_memory};
-  const ForwardTiles<T> t(n, spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
-  const Features<T> phi(c.p, n);
+  const ForwardTiles<C> t(n, spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
+  const typename C::Phi phi(c.p, n);
   const bool efficient = c.p.feature_map == FeatureMap::efficient;
-  sum_keys<T>(c, phi, key_segment(c, batch), kv_head, t);
+  sum_keys(c, phi, key_segment(c, batch), kv_head, t);
   if (efficient) {  // z holds sums of exp, by which each row of S is divided
     for (int f = threadIdx.x; f < n.features; f += blockDim.x)
       t.state.z[f] = t.state.z[f] > 0 ? 1.0f / t.state.z[f] : 0.0f;
     __syncthreads();
-    for (int i = threadIdx.x; i < n.features * n.values; i += blockDim.x)
-      t.state.S.row(i / n.values)[i % n.values] *= t.state.z[i / n.values];
+    for (int f = warp_index(); f < n.features; f += warp_count())
+      for (int v = lane_index(); v < n.values; v += 32) t.state.S.row(f)[v] *= t.state.z[f];
   } else {
     merge_state(n, state_at(c.a.initial, n, index), t.state);
   }
@@ -92,46 +93,52 @@ __global__ void noncausal_kernel(const __grid_constant__ Call c, float* spill) {
           saved[index * stride + c.p.state_size() + f] = t.maximum[f];
     }
   }
-  emit<T>(c, phi, query_segment(c, batch), head, t);
+  emit(c, phi, query_segment(c, batch), head, t);
 }
 
 // One block per query head and segment.
-template <class T>
-__global__ void emit_kernel(const __grid_constant__ Call c, float* totals, int64_t stride, float* spill) {
+template <class C>
+__global__ void emit_kernel(const __grid_constant__ C c, float* totals, int64_t stride, float* spill) {
   const int64_t slot = blockIdx.x / c.p.num_heads, head = blockIdx.x % c.p.num_heads;
   const Segment s = query_segment(c, slot);
   if (!s.exists()) return;
   Carve carve{shared_memory};
-  const ForwardTiles<T> t(c.n, spill ? spill + blockIdx.x * c.n.state_elements() : nullptr, carve);
-  const Features<T> phi(c.p, c.n);
+  const ForwardTiles<C> t(c.n, spill ? spill + blockIdx.x * c.n.state_elements() : nullptr, carve);
+  const typename C::Phi phi(c.p, c.n);
   load_state(c.n,
              state_at(totals, c.n, s.state * c.p.num_kv_heads + head / c.n.group, stride), t.state);
-  emit<T>(c, phi, s, head, t);
+  emit(c, phi, s, head, t);
 }
 
-template <class T>
-size_t forward_bytes(const Plan& n, bool holds_state) {
+template <class C>
+size_t forward_bytes(const C& c, bool holds_state) {
   Carve carve{nullptr};
   float elsewhere;
-  ForwardTiles<T>(n, holds_state ? nullptr : &elsewhere, carve);
+  ForwardTiles<C>(c.n, holds_state ? nullptr : &elsewhere, carve);
   return carve.used;
 }
 
 // ---- backward -----------------------------------------------------------------------------------
 
-template <class T>
+// Queries read the state S and z and add to its gradient; keys read the gradient. Where one block has
+// those first and then these, gradients of values take the place of S.
+template <class C>
 struct BackwardTiles {
-  Tile<T> stage_a, stage_b;                // q and do, or k and v
-  Tile<Element<T>> phi, value;             // of queries with g, or of keys with v
+  using T = typename C::T;
+  using E = typename C::E;
+
+  Tile<T> stage_a, stage_b;  // q and do, or k and v
+  Tile<E> phi, value;        // of queries with g, or of keys with v
   Tile<float> dphi, dvalue;
   float *inverse_norm, *slope, *delta, *columns;  // columns: maxima, then column sums
   LocalState state, gradient;
 
-  __host__ __device__ BackwardTiles(const Plan& n, float* spilled, Carve& carve) {
+  __host__ __device__ BackwardTiles(const typename C::Sizes& n, bool queries, bool keys,
+                                    float* spilled, Carve& carve) {
     stage_a = take_tile<T>(carve, n.rows, n.stage_width());
     stage_b = take_tile<T>(carve, n.rows, n.value_width);
-    phi = take_tile<Element<T>>(carve, n.rows, n.feature_width);
-    value = take_tile<Element<T>>(carve, n.rows, n.value_width);
+    phi = take_tile<E>(carve, n.rows, n.feature_width);
+    value = take_tile<E>(carve, n.rows, n.value_width);
     dphi = take_tile<float>(carve, n.rows, n.feature_width);
     inverse_norm = carve.take<float>(n.rows);
     slope = carve.take<float>(n.rows);
@@ -140,29 +147,18 @@ struct BackwardTiles {
     state.z = carve.take<float>(n.feature_width);
     gradient.z = carve.take<float>(n.feature_width);
     gradient.S = {spilled ? spilled : carve.take<float>(n.state_elements()), n.state_stride()};
+    Carve same = carve;
+    if (keys) dvalue = take_tile<float>(same, n.rows, n.value_width);
+    if (queries)
+      state.S = {spilled ? spilled + n.state_elements() : carve.take<float>(n.state_elements()),
+                 n.state_stride()};
+    if (same.used > carve.used) carve.used = same.used;
   }
 };
 
-template <class T>
-struct QueryGradientTiles : BackwardTiles<T> {
-  __host__ __device__ QueryGradientTiles(const Plan& n, float* spilled, Carve& carve)
-      : BackwardTiles<T>(n, spilled, carve) {
-    const int own = n.state_elements();
-    this->state.S = {spilled ? spilled + own : carve.take<float>(own), n.state_stride()};
-  }
-};
-
-template <class T>
-struct KeyGradientTiles : BackwardTiles<T> {
-  __host__ __device__ KeyGradientTiles(const Plan& n, float* spilled, Carve& carve)
-      : BackwardTiles<T>(n, spilled, carve) {
-    this->dvalue = take_tile<float>(carve, n.rows, n.value_width);
-  }
-};
-
-// phi and g = do / den of a tile of queries, and d log den where it counts.
-template <class T>
-__device__ __forceinline__ void load_gradients(const Call& c, const BackwardTiles<T>& t, int valid,
+// g = do / den of a tile of queries, and d log den where it counts.
+template <class C>
+__device__ __forceinline__ void load_gradients(const C& c, const BackwardTiles<C>& t, int valid,
                                                int active) {
   for (int r = warp_index(); r < active; r += warp_count()) {
     float inverse = r < valid ? 1.0f : 0.0f;
@@ -172,42 +168,41 @@ __device__ __forceinline__ void load_gradients(const Call& c, const BackwardTile
       if (lane_index() == 0) t.slope[r] = denominator_slope(den, c.eps());
     }
     for (int i = lane_index(); i < c.n.value_width; i += 32)
-      t.value.row(r)[i] = from_float<Element<T>>(
+      t.value.row(r)[i] = from_float<typename C::E>(
           r < valid && i < c.n.values ? to_float(t.stage_b.row(r)[i]) * inverse : 0.0f);
   }
 }
 
-// One block per kv head and segment of queries: writes dq of its group, and sums of dS and dz.
-template <class T>
-__global__ void query_gradient_kernel(const __grid_constant__ Call c, float* sums, int64_t saved_stride,
-                                      float* spill) {
-  const Plan& n = c.n;
-  const int64_t slot = blockIdx.x / c.p.num_kv_heads, kv_head = blockIdx.x % c.p.num_kv_heads;
-  const Segment s = query_segment(c, slot);
-  if (!s.exists()) return;
-  Carve carve{shared_memory};
-  const QueryGradientTiles<T> t(n, spill ? spill + blockIdx.x * 2 * n.state_elements() : nullptr,
-                                carve);
-  const Features<T> phi(c.p, n);
-  load_state(n,
-             state_at(static_cast<float*>(c.a.saved), n, s.state * c.p.num_kv_heads + kv_head,
-                      saved_stride),
-             t.state);
+// Writes dq of a segment's queries in all heads of a group; t.gradient = their sums of dS and dz.
+// While one tile is computed the next arrives.
+template <class C>
+__device__ void query_gradients(const C& c, const typename C::Phi& phi, const Segment& s,
+                                int64_t kv_head, const BackwardTiles<C>& t) {
+  using T = typename C::T;
+  const auto& n = c.n;
+  const int64_t last = (kv_head + 1) * n.group, end = s.begin + s.tokens;
+  const auto start = [&](int64_t head, int64_t token) {
+    const int valid = tokens_from(s, token, n.rows);
+    fetch(t.stage_a, c.a.query, s.batch, head, token, valid, n.head_dim);
+    fetch(t.stage_b, c.a.grad_out, s.batch, head, token, valid, n.values);
+    commit_copies();
+  };
+  if (s.tokens) start(kv_head * n.group, s.begin);
   load_state(n, {}, t.gradient);
-  for (int64_t head = kv_head * n.group; head < (kv_head + 1) * n.group; ++head)
+  for (int64_t head = kv_head * n.group; head < last; ++head)
     for_tiles(s, n.rows, [&](int64_t token, int valid, int active) {
-      __syncthreads();
-      fetch(t.stage_a, c.a.query, s.batch, head, token, valid, n.head_dim);
-      fetch(t.stage_b, c.a.grad_out, s.batch, head, token, valid, n.values);
-      commit_copies();
       wait_for_copies();
       __syncthreads();
-      queries_to_features<T>(c, phi, valid, active, t.stage_a, t.phi, t.inverse_norm);
+      queries_to_features(c, phi, valid, active, t.stage_a, t.phi, t.inverse_norm);
       __syncwarp();  // a warp reads the rows that it wrote
-      load_gradients<T>(c, t, valid, active);
+      load_gradients(c, t, valid, active);
       __syncthreads();
+      if (token + n.rows < end)
+        start(head, token + n.rows);
+      else if (head + 1 < last)
+        start(head + 1, s.begin);
       for_blocks(active, n.feature_width, [&](Sums& block) {
-        multiply<T>(block, along_rows(t.value), along_rows(t.state.S), 0, n.value_width);
+        multiply<C>(block, along_rows(t.value), along_rows(t.state.S), 0, n.value_width);
         block.each([&](int r, int f, float x) { t.dphi.row(r)[f] = x; });
       });
       __syncthreads();
@@ -221,20 +216,108 @@ __global__ void query_gradient_kernel(const __grid_constant__ Call c, float* sum
         }
         if (lane_index() == 0) t.delta[r] = delta;
         if (r >= valid) continue;
-        Row row;
+        typename C::Row row;
         phi.chain_query(t.phi.row(r), t.dphi.row(r), t.inverse_norm + r, row);
         store_row<T>(c.a.grad_query, s.batch, head, token + r, n.head_dim, row);
       }
       __syncthreads();
-      update_state<T>(n, t.phi, t.value, active, t.delta, t.gradient);
+      update_state(c, t.phi, t.value, active, t.delta, t.gradient);
     });
   __syncthreads();
+}
+
+// Writes dk and dv of a segment's keys from t.gradient, dS and dz of the whole sequence.
+template <class C>
+__device__ void key_gradients(const C& c, const typename C::Phi& phi, const Segment& s, int64_t head,
+                              const float* saved, const BackwardTiles<C>& t) {
+  using T = typename C::T;
+  const auto& n = c.n;
+  const int64_t end = s.begin + s.tokens;
+  const auto start = [&](int64_t token) {
+    const int valid = tokens_from(s, token, n.rows);
+    fetch(t.stage_a, c.a.key, s.batch, head, token, valid, n.head_dim);
+    fetch(t.stage_b, c.a.value, s.batch, head, token, valid, n.values);
+    commit_copies();
+  };
+  if (s.tokens) start(s.begin);
+  float *maxima = t.columns, *column_sums = t.columns + n.feature_width;
+  if (c.p.feature_map == FeatureMap::efficient) {
+    // sum_j phi(k_j) dphi(k_j) = rows of dS . rows of S; dz is 0. It is subtracted from dphi(k_j),
+    // and cancels with it where a key stands alone, so dS is rounded as in the product below.
+    for (int f = threadIdx.x; f < n.features; f += blockDim.x) {
+      float sum = 0;
+      for (int v = 0; v < n.values; ++v)
+        sum += Arithmetic<T>::rounded(t.gradient.S.row(f)[v]) * saved[f * n.values + v];
+      column_sums[f] = sum;
+      t.state.z[f] = saved[n.features * n.values + f];
+      maxima[f] = saved[c.p.state_size() + f];
+    }
+  }
+  for_tiles(s, n.rows, [&](int64_t token, int valid, int active) {
+    wait_for_copies();
+    __syncthreads();
+    keys_to_features(c, phi, s, token, valid, active, t.stage_a, {maxima, t.state.z}, t.phi,
+                     t.inverse_norm);
+    values_to_tile(c, s, token, valid, active, t.stage_b, t.value);
+    __syncthreads();
+    if (token + n.rows < end) start(token + n.rows);
+    for_blocks(active, n.feature_width, [&](Sums& block) {
+      multiply<C>(block, along_rows(t.value), along_rows(t.gradient.S), 0, n.value_width);
+      block.each([&](int r, int f, float x) { t.dphi.row(r)[f] = x + t.gradient.z[f]; });
+    });
+    for_blocks(active, n.value_width, [&](Sums& block) {
+      multiply<C>(block, along_rows(t.phi), across_rows(t.gradient.S), 0, n.feature_width);
+      block.each([&](int r, int v, float x) { t.dvalue.row(r)[v] = x; });
+    });
+    __syncthreads();
+    write_key_gradients(c, phi, s, head, token, valid, t.phi, t.inverse_norm, column_sums, t.dphi,
+                        t.dvalue);
+  });
+}
+
+// One block per kv head: dq of its group, then dk and dv.
+template <class C>
+__global__ void noncausal_gradient_kernel(const __grid_constant__ C c, int64_t saved_stride,
+                                          float* spill) {
+  const auto& n = c.n;
+  const int64_t batch = blockIdx.x / c.p.num_kv_heads, kv_head = blockIdx.x % c.p.num_kv_heads;
+  Carve carve{shared_memory};
+  const BackwardTiles<C> t(n, true, true,
+                           spill ? spill + blockIdx.x * 2 * n.state_elements() : nullptr, carve);
+  const typename C::Phi phi(c.p, n);
+  float* saved = static_cast<float*>(c.a.saved);
+  load_state(n, state_at(saved, n, blockIdx.x, saved_stride), t.state);
+  query_gradients(c, phi, query_segment(c, batch), kv_head, t);
+  merge_state(n, state_at(c.a.grad_final, n, blockIdx.x), t.gradient);
+  __syncthreads();
+  store_state(n, t.gradient, state_at(c.a.grad_initial, n, blockIdx.x));
+  key_gradients(c, phi, key_segment(c, batch), kv_head, saved + blockIdx.x * saved_stride, t);
+}
+
+// One block per kv head and segment of queries: writes dq of its group, and sums of dS and dz.
+template <class C>
+__global__ void query_gradient_kernel(const __grid_constant__ C c, float* sums, int64_t saved_stride,
+                                      float* spill) {
+  const auto& n = c.n;
+  const int64_t slot = blockIdx.x / c.p.num_kv_heads, kv_head = blockIdx.x % c.p.num_kv_heads;
+  const Segment s = query_segment(c, slot);
+  if (!s.exists()) return;
+  Carve carve{shared_memory};
+  const BackwardTiles<C> t(n, true, false,
+                           spill ? spill + blockIdx.x * 2 * n.state_elements() : nullptr, carve);
+  const typename C::Phi phi(c.p, n);
+  load_state(n,
+             state_at(static_cast<float*>(c.a.saved), n, s.state * c.p.num_kv_heads + kv_head,
+                      saved_stride),
+             t.state);
+  query_gradients(c, phi, s, kv_head, t);
   store_state(n, t.gradient,
               state_at(sums, n, slot * c.p.num_kv_heads + kv_head, c.p.state_size()));
 }
 
 // totals = gradient of the returned state + sums of the segments, which is also that of the initial.
-__global__ void fold_queries_kernel(const __grid_constant__ Call c, const float* sums, int64_t stride,
+template <class C>
+__global__ void fold_queries_kernel(const __grid_constant__ C c, const float* sums, int64_t stride,
                                     float* totals) {
   for_own_number(c, [&](int64_t row, int64_t head, int i) {
     const Segment first = first_segment(c.p, c.a.cu_seqlens, c.p.query_length, row);
@@ -248,80 +331,54 @@ __global__ void fold_queries_kernel(const __grid_constant__ Call c, const float*
 }
 
 // One block per kv head and segment of keys: writes dk and dv.
-template <class T>
-__global__ void key_gradient_kernel(const __grid_constant__ Call c, float* totals, int64_t saved_stride,
+template <class C>
+__global__ void key_gradient_kernel(const __grid_constant__ C c, float* totals, int64_t saved_stride,
                                     float* spill) {
-  const Plan& n = c.n;
+  const auto& n = c.n;
   const int64_t slot = blockIdx.x / c.p.num_kv_heads, head = blockIdx.x % c.p.num_kv_heads;
   const Segment s = key_segment(c, slot);
   if (!s.exists()) return;
   Carve carve{shared_memory};
-  const KeyGradientTiles<T> t(n, spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
-  const Features<T> phi(c.p, n);
+  const BackwardTiles<C> t(n, false, true,
+                           spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
+  const typename C::Phi phi(c.p, n);
   const int64_t index = s.state * c.p.num_kv_heads + head;
   load_state(n, state_at(totals, n, index, c.p.state_size()), t.gradient);
-  float *maxima = t.columns, *column_sums = t.columns + n.feature_width;
-  if (c.p.feature_map == FeatureMap::efficient) {
-    __syncthreads();
-    // sum_j phi(k_j) dphi(k_j) = rows of dS . rows of S; dz is 0. It is subtracted from dphi(k_j),
-    // and cancels with it where a key stands alone, so dS is rounded as in the product below.
-    const float* saved = static_cast<const float*>(c.a.saved) + index * saved_stride;
-    for (int f = threadIdx.x; f < n.features; f += blockDim.x) {
-      float sum = 0;
-      for (int v = 0; v < n.values; ++v) sum += Arithmetic<T>::rounded(t.gradient.S.row(f)[v]) * saved[f * n.values + v];
-      column_sums[f] = sum;
-      t.state.z[f] = saved[n.features * n.values + f];
-      maxima[f] = saved[c.p.state_size() + f];
-    }
-  }
-  for_tiles(s, n.rows, [&](int64_t token, int valid, int active) {
-    __syncthreads();
-    fetch(t.stage_a, c.a.key, s.batch, head, token, valid, n.head_dim);
-    fetch(t.stage_b, c.a.value, s.batch, head, token, valid, n.values);
-    commit_copies();
-    wait_for_copies();
-    __syncthreads();
-    keys_to_features<T>(c, phi, s, token, valid, active, t.stage_a, {maxima, t.state.z}, t.phi,
-                        t.inverse_norm);
-    values_to_tile<T>(c, s, token, valid, active, t.stage_b, t.value);
-    __syncthreads();
-    for_blocks(active, n.feature_width, [&](Sums& block) {
-      multiply<T>(block, along_rows(t.value), along_rows(t.gradient.S), 0, n.value_width);
-      block.each([&](int r, int f, float x) { t.dphi.row(r)[f] = x + t.gradient.z[f]; });
-    });
-    for_blocks(active, n.value_width, [&](Sums& block) {
-      multiply<T>(block, along_rows(t.phi), across_rows(t.gradient.S), 0, n.feature_width);
-      block.each([&](int r, int v, float x) { t.dvalue.row(r)[v] = x; });
-    });
-    __syncthreads();
-    write_key_gradients<T>(c, phi, s, head, token, valid, t.phi, t.inverse_norm, column_sums,
-                           t.dphi, t.dvalue);
-  });
+  __syncthreads();
+  key_gradients(c, phi, s, head, static_cast<const float*>(c.a.saved) + index * saved_stride, t);
 }
 
-template <class T, template <class> class Tiles>
-size_t backward_bytes(const Plan& n, bool holds_state) {
+template <class C>
+size_t backward_bytes(const C& c, bool queries, bool keys, bool holds_state) {
   Carve carve{nullptr};
   float elsewhere;
-  Tiles<T>(n, holds_state ? nullptr : &elsewhere, carve);
+  BackwardTiles<C>(c.n, queries, keys, holds_state ? nullptr : &elsewhere, carve);
   return carve.used;
+}
+
+// Both passes in one launch: nobody else sums over the same sequence.
+bool is_one_segment(const Problem& p) {
+  return !p.num_sequences && p.query_length <= kSegmentTokens && p.key_length <= kSegmentTokens;
+}
+
+// Numbers of a head's state as backward wants it: for `efficient`, with maxima.
+int64_t saved_size(const Problem& p) {
+  return p.state_size() + (p.feature_map == FeatureMap::efficient ? p.feature_dim() : 0);
 }
 
 }  // namespace
 
-template <class T>
+template <class T, int Width>
 void noncausal_forward(const Problem& problem, const Arguments& args, Launcher& launch) {
-  const Call call{problem, args, make_plan(problem, sizeof(Element<T>))};
-  const Plan& n = call.n;
-  const bool efficient = problem.feature_map == FeatureMap::efficient;
-  const int64_t stride = problem.state_size() + (efficient ? n.features : 0);
-  const auto bytes = [&](bool holds_state) { return forward_bytes<T>(n, holds_state); };
-  const bool one_launch = !problem.num_sequences && problem.query_length <= kSegmentTokens &&
-                          problem.key_length <= kSegmentTokens;
-  if (one_launch) {
+  using C = Call<T, Width>;
+  const C call = make_call<C>(problem, args);
+  const auto& n = call.n;
+  const int64_t stride = saved_size(problem);
+  const auto bytes = [&](bool holds_state) { return forward_bytes(call, holds_state); };
+  if (is_one_segment(problem)) {
     const int64_t blocks = problem.batch * problem.num_heads;
     float* spill = launch.place_states(blocks, n.state_elements(), bytes);
-    launch("noncausal_forward", noncausal_kernel<T>, blocks, n.threads,
+    launch("noncausal_forward", noncausal_kernel<C>, blocks, n.threads,
            bytes(launch.fits(bytes(true))), call, spill);
     return;
   }
@@ -329,36 +386,46 @@ void noncausal_forward(const Problem& problem, const Arguments& args, Launcher& 
   float* totals = problem.needs_grad
                       ? static_cast<float*>(args.saved)
                       : launch.take(problem.state_batch() * problem.num_kv_heads * stride);
-  launch_sums<T>(launch, call, sums, stride);
-  launch_fold(launch, "fold_keys", call, fold_keys_kernel, sums, stride, totals);
+  launch_sums(launch, call, sums, stride);
+  launch_fold(launch, "fold_keys", call, fold_keys_kernel<C>, sums, stride, totals);
   const int64_t blocks = n.query_slots * problem.num_heads;
   float* spill = launch.place_states(blocks, n.state_elements(), bytes);
-  launch("noncausal_emit", emit_kernel<T>, blocks, n.threads, bytes(launch.fits(bytes(true))), call,
+  launch("noncausal_emit", emit_kernel<C>, blocks, n.threads, bytes(launch.fits(bytes(true))), call,
          totals, stride, spill);
 }
 
-template <class T>
+template <class T, int Width>
 void noncausal_backward(const Problem& problem, const Arguments& args, Launcher& launch) {
-  const Call call{problem, args, make_plan(problem, sizeof(Element<T>))};
-  const Plan& n = call.n;
-  const bool efficient = problem.feature_map == FeatureMap::efficient;
-  const int64_t saved_stride = problem.state_size() + (efficient ? n.features : 0);
-  const int64_t size = problem.state_size(), heads = problem.num_kv_heads;
+  using C = Call<T, Width>;
+  const C call = make_call<C>(problem, args);
+  const auto& n = call.n;
+  const int64_t saved_stride = saved_size(problem), size = problem.state_size();
+  const int64_t heads = problem.num_kv_heads;
+  const auto bytes_of = [&](bool queries, bool keys) {
+    return [&call, queries, keys](bool holds) { return backward_bytes(call, queries, keys, holds); };
+  };
+  if (is_one_segment(problem)) {
+    const auto bytes = bytes_of(true, true);
+    float* spill = launch.place_states(problem.batch * heads, 2 * n.state_elements(), bytes);
+    launch("noncausal_gradient", noncausal_gradient_kernel<C>, problem.batch * heads, n.threads,
+           bytes(launch.fits(bytes(true))), call, saved_stride, spill);
+    return;
+  }
   float* sums = launch.take(n.query_slots * heads * size);
   float* totals = launch.take(problem.state_batch() * heads * size);
-
-  const auto query_bytes = [&](bool holds) { return backward_bytes<T, QueryGradientTiles>(n, holds); };
+  const auto query_bytes = bytes_of(true, false), key_bytes = bytes_of(false, true);
   float* spill = launch.place_states(n.query_slots * heads, 2 * n.state_elements(), query_bytes);
-  launch("noncausal_query_gradient", query_gradient_kernel<T>, n.query_slots * heads, n.threads,
+  launch("noncausal_query_gradient", query_gradient_kernel<C>, n.query_slots * heads, n.threads,
          query_bytes(launch.fits(query_bytes(true))), call, sums, saved_stride, spill);
-  launch_fold(launch, "fold_queries", call, fold_queries_kernel, sums, size, totals);
-  const auto key_bytes = [&](bool holds) { return backward_bytes<T, KeyGradientTiles>(n, holds); };
+  launch_fold(launch, "fold_queries", call, fold_queries_kernel<C>, sums, size, totals);
   spill = launch.place_states(n.key_slots * heads, n.state_elements(), key_bytes);
-  launch("noncausal_key_gradient", key_gradient_kernel<T>, n.key_slots * heads, n.threads,
+  launch("noncausal_key_gradient", key_gradient_kernel<C>, n.key_slots * heads, n.threads,
          key_bytes(launch.fits(key_bytes(true))), call, totals, saved_stride, spill);
 }
 
-template void noncausal_forward<FASTATTN_DTYPE>(const Problem&, const Arguments&, Launcher&);
-template void noncausal_backward<FASTATTN_DTYPE>(const Problem&, const Arguments&, Launcher&);
+template void noncausal_forward<FASTATTN_DTYPE, FASTATTN_WIDTH>(const Problem&, const Arguments&,
+                                                                Launcher&);
+template void noncausal_backward<FASTATTN_DTYPE, FASTATTN_WIDTH>(const Problem&, const Arguments&,
+                                                                 Launcher&);
 
 }  // namespace fastattn::cuda

@@ -28,10 +28,13 @@ struct TokenTiles {
   }
 };
 
-template <class T>
+template <class C>
 class Token {
+  using T = typename C::T;
+  using Row = typename C::Row;
+
  public:
-  __device__ Token(const Call& c, const TokenTiles& t)
+  __device__ Token(const C& c, const TokenTiles& t)
       : c_(c), t_(t), phi_(c.p, c.n) {
     // A thread has one column v of S (or every `columns`-th) and every `parts`-th row.
     columns_ = (c.n.values + 31) / 32 * 32;
@@ -120,25 +123,25 @@ class Token {
     out[v * c_.a.out.feature] = from_float<T>(sum * inverse);
   }
 
-  const Call& c_;
+  const C& c_;
   const TokenTiles& t_;
-  Features<float> phi_;
+  Features<float, typename C::Sizes> phi_;
   int columns_, parts_, column_, part_;
 };
 
-template <class T>
-__global__ void step_kernel(const __grid_constant__ Call c) {
+template <class C>
+__global__ void step_kernel(const __grid_constant__ C c) {
   const TokenTiles t(c.n, false, shared_memory, nullptr);
   const int64_t head = blockIdx.x;
   const StateAddress state = state_at(c.a.initial, c.n, head);
   for (int f = threadIdx.x; f < c.n.features; f += blockDim.x) t.z[f] = state.z[f];
-  Token<T>(c, t).advance(head / c.p.num_kv_heads, head % c.p.num_kv_heads, 0, 0, state.S);
+  Token<C>(c, t).advance(head / c.p.num_kv_heads, head % c.p.num_kv_heads, 0, 0, state.S);
   for (int f = threadIdx.x; f < c.n.features; f += blockDim.x) state.z[f] = t.z[f];
 }
 
 // saved: states at the start of every segment but the first, for the chunked backward.
-template <class T>
-__global__ void recurrent_kernel(const __grid_constant__ Call c) {
+template <class C>
+__global__ void recurrent_kernel(const __grid_constant__ C c) {
   const TokenTiles t(c.n, true, shared_memory, nullptr);
   const LocalState own{{t.S, c.n.values}, t.z};
   const int64_t row = blockIdx.x / c.p.num_kv_heads, head = blockIdx.x % c.p.num_kv_heads;
@@ -149,7 +152,7 @@ __global__ void recurrent_kernel(const __grid_constant__ Call c) {
     t.z[f] = initial.z ? initial.z[f] : 0.0f;
   __syncthreads();
   const Segment first = first_segment(c.p, c.a.cu_seqlens_k, c.p.key_length, row);
-  const Token<T> token(c, t);
+  const Token<C> token(c, t);
   for (int64_t i = 0; i < first.count; ++i) {
     if (i > 0 && c.p.needs_grad) {
       store_state(c.n, own,
@@ -174,15 +177,15 @@ size_t shared_bytes(const Plan& n, bool holds_state) {
 
 template <class T>
 void step(const Problem& problem, const Arguments& args, Launcher& launch) {
-  const Call call{problem, args, make_plan(problem, sizeof(float))};
-  launch("step", step_kernel<T>, problem.batch * problem.num_kv_heads, call.n.threads,
+  const auto call = make_call<Call<T, 0>>(problem, args);
+  launch("step", step_kernel<Call<T, 0>>, problem.batch * problem.num_kv_heads, call.n.threads,
          shared_bytes(call.n, false), call);
 }
 
 template <class T>
 void recurrent_forward(const Problem& problem, const Arguments& args, Launcher& launch) {
-  const Call call{problem, args, make_plan(problem, sizeof(float))};
-  launch("recurrent_forward", recurrent_kernel<T>, problem.state_batch() * problem.num_kv_heads,
+  const auto call = make_call<Call<T, 0>>(problem, args);
+  launch("recurrent_forward", recurrent_kernel<Call<T, 0>>, problem.state_batch() * problem.num_kv_heads,
          call.n.threads, shared_bytes(call.n, true), call);
 }
 

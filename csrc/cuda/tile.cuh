@@ -246,11 +246,13 @@ struct Sums {
   }
 };
 
-// sums += A B over k in [begin, end), whole matrix instructions.
-template <class T, class A, class B>
+// sums += A B over k in [begin, end), whole matrix instructions, for a call of type C. Where widths
+// are known one step's operands are read while the last one's are multiplied.
+template <class C, class A, class B>
 __device__ __forceinline__ void multiply(Sums& sums, const A& a, const B& b, int begin, int end) {
-  using Products = Arithmetic<T>;
-#pragma unroll 1
+  using Products = Arithmetic<typename C::T>;
+  constexpr int kUnroll = C::kWidth ? 2 : 1;
+#pragma unroll kUnroll
   for (int k = begin; k < end; k += Products::kDepth) {
     const auto fragment = Products::load_a(a, sums.row, k);
 #pragma unroll
@@ -318,13 +320,14 @@ __device__ __forceinline__ void fetch(Tile<T> stage, const Strided& source, int6
 }
 
 // A row spread over a warp: element lane + 32 j.
+template <int Columns>
 struct Row {
-  float x[kColumns];
+  float x[Columns];
 
   template <class Body>
   __device__ __forceinline__ void each(int n, const Body& body) {
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j)
+    for (int j = 0; j < Columns; ++j)
       if (lane_index() + 32 * j < n) body(lane_index() + 32 * j, x[j]);
   }
   template <class E>
@@ -333,9 +336,9 @@ struct Row {
   }
 };
 
-template <class T>
+template <class T, int Columns>
 __device__ __forceinline__ void store_row(const Strided& target, int64_t batch, int64_t head,
-                                          int64_t token, int n, Row& row) {
+                                          int64_t token, int n, Row<Columns>& row) {
   T* to = static_cast<T*>(target.data) + target.offset(batch, head, token);
   row.each(n, [&](int i, float& value) { to[i * target.feature] = from_float<T>(value); });
 }
