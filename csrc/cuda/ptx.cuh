@@ -12,9 +12,19 @@
 
 namespace fastattn::cuda {
 
+// A register of a fragment and a sum: on a GPU numbers and no more. The emulator's remember which
+// element they hold, and its products check that it is the one that the PTX manual wants there.
+using Register = uint32_t;
+using Sum = float;
+
+// Bits of element (i, k) of an operand, or of (i, k) and (i, k + 1).
+__device__ __forceinline__ Register holding(uint32_t bits, int /*i*/, int /*k*/) { return bits; }
+// A sum, about to be taken for element (row, column).
+__device__ __forceinline__ float taken_for(Sum sum, int /*row*/, int /*column*/) { return sum; }
+
 // c += a b for a (16 x 16), b (16 x 8): bf16 operands, two to a register, float32 sums.
-__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma_bf16(Sum (&c)[4], const Register (&a)[4],
+                                         const Register (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -22,8 +32,8 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4],
 }
 
 // c += a b for a (16 x 8), b (8 x 8): tf32 operands, float32 sums.
-__device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma_tf32(Sum (&c)[4], const Register (&a)[4],
+                                         const Register (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

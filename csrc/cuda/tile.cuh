@@ -104,14 +104,14 @@ struct Operand {
   }
 
   // Elements k and k + 1 as bf16.
-  __device__ __forceinline__ uint32_t pair(int i, int k) const {
+  __device__ __forceinline__ Register pair(int i, int k) const {
     if constexpr (sizeof(E) == 2 && AlongRows) {
-      return *reinterpret_cast<const uint32_t*>(data + i * stride + k);
+      return holding(*reinterpret_cast<const uint32_t*>(data + i * stride + k), i, k);
     } else if constexpr (sizeof(E) == 2) {
       const auto* bits = reinterpret_cast<const uint16_t*>(data) + k * stride + i;
-      return bits[0] | static_cast<uint32_t>(bits[stride]) << 16;
+      return holding(bits[0] | static_cast<uint32_t>(bits[stride]) << 16, i, k);
     } else {
-      return pack_bf16(at(i, k), at(i, k + 1));
+      return holding(pack_bf16(at(i, k), at(i, k + 1)), i, k);
     }
   }
 };
@@ -131,10 +131,10 @@ struct Bf16Products {
   using Element = Bf16;
   static constexpr int kDepth = 16;
   struct A {
-    uint32_t x[4];
+    Register x[4];
   };
   struct B {
-    uint32_t x[2];
+    Register x[2];
   };
 
   template <class Operand>
@@ -148,7 +148,7 @@ struct Bf16Products {
     const int g = lane_index() >> 2, t = 2 * (lane_index() & 3);
     return {{b.pair(col + g, k + t), b.pair(col + g, k + t + 8)}};
   }
-  static __device__ __forceinline__ void multiply(float (&c)[4], const A& a, const B& b) {
+  static __device__ __forceinline__ void multiply(Sum (&c)[4], const A& a, const B& b) {
     mma_bf16(c, a.x, b.x);
   }
   // A number as a product sees it.
@@ -163,38 +163,42 @@ struct Tf32Products {
   using Element = float;
   static constexpr int kDepth = 8;
   struct A {
-    uint32_t high[4], low[4];
+    Register high[4], low[4];
   };
   struct B {
-    uint32_t high[2], low[2];
+    Register high[2], low[2];
   };
 
   static __device__ __forceinline__ float rounded(float x) {
     return Exact ? x : bits_as_float(round_to_tf32(x));
   }
-  static __device__ __forceinline__ void split(float x, uint32_t& high, uint32_t& low) {
-    high = round_to_tf32(x);
-    low = Exact ? round_to_tf32(x - bits_as_float(high)) : 0;
+  // Element (i, k) in two parts.
+  template <class Operand>
+  static __device__ __forceinline__ void load(const Operand& from, int i, int k, Register& high,
+                                              Register& low) {
+    const float x = from.at(i, k);
+    high = holding(round_to_tf32(x), i, k);
+    low = holding(Exact ? round_to_tf32(x - bits_as_float(high)) : 0, i, k);
   }
   template <class Operand>
   static __device__ __forceinline__ A load_a(const Operand& a, int row, int k) {
     const int g = lane_index() >> 2, t = lane_index() & 3;
     A f;
-    split(a.at(row + g, k + t), f.high[0], f.low[0]);
-    split(a.at(row + g + 8, k + t), f.high[1], f.low[1]);
-    split(a.at(row + g, k + t + 4), f.high[2], f.low[2]);
-    split(a.at(row + g + 8, k + t + 4), f.high[3], f.low[3]);
+    load(a, row + g, k + t, f.high[0], f.low[0]);
+    load(a, row + g + 8, k + t, f.high[1], f.low[1]);
+    load(a, row + g, k + t + 4, f.high[2], f.low[2]);
+    load(a, row + g + 8, k + t + 4, f.high[3], f.low[3]);
     return f;
   }
   template <class Operand>
   static __device__ __forceinline__ B load_b(const Operand& b, int col, int k) {
     const int g = lane_index() >> 2, t = lane_index() & 3;
     B f;
-    split(b.at(col + g, k + t), f.high[0], f.low[0]);
-    split(b.at(col + g, k + t + 4), f.high[1], f.low[1]);
+    load(b, col + g, k + t, f.high[0], f.low[0]);
+    load(b, col + g, k + t + 4, f.high[1], f.low[1]);
     return f;
   }
-  static __device__ __forceinline__ void multiply(float (&c)[4], const A& a, const B& b) {
+  static __device__ __forceinline__ void multiply(Sum (&c)[4], const A& a, const B& b) {
     if constexpr (Exact) {
       mma_tf32(c, a.low, b.high);
       mma_tf32(c, a.high, b.low);
@@ -228,7 +232,7 @@ constexpr int kBlockRows = 16, kBlockColumns = 32;
 
 // A block of 16 x 32 sums, held by one warp.
 struct Sums {
-  float x[kBlockColumns / 8][4] = {};
+  Sum x[kBlockColumns / 8][4] = {};
   int row, col, columns;  // its place; columns that the matrix has
 
   // body(row, column, sum) for the elements of this lane
@@ -238,10 +242,11 @@ struct Sums {
 #pragma unroll
     for (int j = 0; j < kBlockColumns / 8; ++j) {
       if (col + 8 * j >= columns) break;
-      body(r, c + 8 * j, x[j][0]);
-      body(r, c + 8 * j + 1, x[j][1]);
-      body(r + 8, c + 8 * j, x[j][2]);
-      body(r + 8, c + 8 * j + 1, x[j][3]);
+      const auto give = [&](int i, int r, int c) { body(r, c, taken_for(x[j][i], r, c)); };
+      give(0, r, c + 8 * j);
+      give(1, r, c + 8 * j + 1);
+      give(2, r + 8, c + 8 * j);
+      give(3, r + 8, c + 8 * j + 1);
     }
   }
 };

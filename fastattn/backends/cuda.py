@@ -40,7 +40,7 @@ class CUDABackend:
         self._library = self._load()
         self._native_problem = lru_cache(maxsize=1024)(partial(native_problem, self._library))
         self._workspace_size = lru_cache(maxsize=4096)(self._library.workspace_size)
-        self._shared_limit = lru_cache(maxsize=None)(self._library.shared_limit)
+        self._limits = lru_cache(maxsize=None)(self._library.limits)
 
     # What differs where the same kernels run without a GPU; see tests/emulation.
 
@@ -172,7 +172,7 @@ class CUDABackend:
             *(problem.dtype, device),
         ).transpose(1, 2)
         index, stream = self._target(device)
-        target = (index, stream, 0, self._shared_limit(index))
+        target = (index, stream, 0, *self._limits(index))
         self._library.step(
             self._native_problem(problem), (*target, *numbers_of(inputs), *strided(out))
         )
@@ -180,13 +180,13 @@ class CUDABackend:
 
     def _prepare(
         self, native: Any, device: torch.device, is_backward: bool
-    ) -> tuple[tuple[int, int, int, int], Tensor | None]:
-        """What a call is given besides its tensors: device, stream, workspace, shared memory. The
-        workspace is returned to stay alive until the kernels that use it are enqueued."""
+    ) -> tuple[tuple[int, ...], Tensor | None]:
+        """What a call is given besides its tensors: device, stream, workspace, what the device has.
+        The workspace is returned to stay alive until the kernels that use it are enqueued."""
         index, stream = self._target(device)
-        limit = self._shared_limit(index)
-        floats = self._workspace_size(native, is_backward, limit)
+        limits = self._limits(index)
+        floats = self._workspace_size(native, is_backward, *limits)
         if not floats:
-            return (index, stream, 0, limit), None
+            return (index, stream, 0, *limits), None
         workspace = self._empty((floats,), torch.float32, device)
-        return (index, stream, workspace.data_ptr(), limit), workspace
+        return (index, stream, workspace.data_ptr(), *limits), workspace

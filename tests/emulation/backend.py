@@ -21,12 +21,12 @@ from tests.emulation import build
 class EmulatedBackend(CUDABackend):
     name = "emulated"
     device_type = "cpu"
-    shared_limit = 227 << 10  # of sm_90
+    limits = (227 << 10, 132)  # bytes of shared memory of a block, multiprocessors: of sm_90
 
     def _load(self) -> Any:
         library = self._emulated_library()
         self._memory = build.memory(library)
-        self._memory.emulation_limit_shared_memory(self.shared_limit)
+        self._memory.emulation_set_limits(*self.limits)
         return library
 
     def _emulated_library(self) -> Any:
@@ -36,8 +36,12 @@ class EmulatedBackend(CUDABackend):
         return None
 
     def _target(self, device: torch.device) -> tuple[int, int]:
-        self._memory.emulation_limit_shared_memory(self.shared_limit)  # others may have set it
+        self._memory.emulation_set_limits(*self.limits)  # others may have set theirs
         return 0, 0
+
+    def launches(self) -> int:
+        """Kernels launched by the last call."""
+        return int(self._memory.emulation_launches())
 
     def _allow(self, tensor: Tensor | None, writable: bool) -> None:
         if tensor is None or tensor.numel() == 0:

@@ -27,7 +27,28 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "emulation"
 DTYPES = {"float": "float", "bf16": "__nv_bfloat16", "half": "__half"}
+# Widths that kernels are compiled for besides 0, any: fewer than on GPUs, each one somewhere.
+WIDTHS = {"float": (32, 128), "bf16": (64,), "half": (64,)}
 FORMS = ("step", "noncausal", "causal")
+
+
+def device_objects() -> dict[str, list[str]]:
+    """What is compiled of the .cu files: names of objects, and their definitions and source."""
+    objects = {}
+    for form in FORMS:
+        for name, dtype in DTYPES.items():
+            for width in (0, *(() if form == "step" else WIDTHS[name])):
+                objects[object_name(form, name, width)] = [
+                    f"-DFASTATTN_DTYPE={dtype}",
+                    f"-DFASTATTN_WIDTH={width}",
+                    f"csrc/cuda/{form}.cu",
+                ]
+    return objects
+
+
+def object_name(form: str, dtype: str, width: int) -> str:
+    return f"{form}_{dtype}_{width}.o"
+
 
 _COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DFASTATTN_EMULATION", "-w"]
 # -fsanitize=thread puts a call before every load and store; emulator.cpp has the functions called.
@@ -41,9 +62,9 @@ Edit = tuple[str, str, str]  # a file in csrc/cuda, text that occurs there once,
 
 
 @cache
-def library(form: str = "", dtype: str = "", edits: tuple[Edit, ...] = ()) -> Any:
-    """The emulated module; with faults planted into the object of one form and dtype if asked."""
-    path = build(f"{form}_{dtype}.o" if edits else "", edits)
+def library(edited_object: str = "", edits: tuple[Edit, ...] = ()) -> Any:
+    """The emulated module; with faults planted into one of its objects if asked."""
+    path = build(edited_object, edits)
     # A name of its own: pybind11 hands out one module per name.
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}._cuda_emulated", path)
     assert spec is not None
@@ -96,18 +117,16 @@ def _compile(
         *("-I", str(folder / "tests/emulation/include")),
         *("-I", sysconfig.get_path("include"), "-I", pybind11.get_include()),
     ]
-    device = folder / "csrc/cuda"
+    widths = [
+        f"-DFASTATTN_WIDTHS_{size}_BIT={','.join(map(str, WIDTHS[name]))}"
+        for size, name in ((16, "bf16"), (32, "float"))
+    ]
     commands = {
-        "bindings.o": ["-O1", str(device / "bindings.cpp")],
+        "bindings.o": ["-O1", *widths, str(folder / "csrc/cuda/bindings.cpp")],
         "emulator.o": ["-O2", str(folder / "tests/emulation/emulator.cpp")],
     }
-    for form in FORMS:
-        for name, dtype in DTYPES.items():
-            commands[f"{form}_{name}.o"] = [
-                *_DEVICE,
-                f"-DFASTATTN_DTYPE={dtype}",
-                str(device / f"{form}.cu"),
-            ]
+    for name, (*definitions, source) in device_objects().items():
+        commands[name] = [*_DEVICE, *definitions, str(folder / source)]
 
     def run(name: str) -> None:
         output = str(folder / name)

@@ -28,6 +28,7 @@ namespace emulation {
 
 const char* report = nullptr;
 int shared_limit = 227 << 10;  // of sm_90
+int multiprocessors = 132;
 
 namespace {
 
@@ -94,6 +95,8 @@ struct Fiber {
   int number;
   const char* file;
   int line;
+  const char* operation;  // of a warp, that it waits in
+  unsigned mask;
   const void* operand;
   void* result;
   std::vector<Copy> copies;
@@ -101,9 +104,7 @@ struct Fiber {
 };
 
 struct Warp {
-  int arrived = 0;
-  const char* operation = nullptr;
-  uint32_t epoch = 0;  // __syncwarp calls so far
+  uint32_t epoch = 0;  // __syncwarp of all lanes, so far
 };
 
 // ---- what is known of memory --------------------------------------------------------------------
@@ -135,7 +136,7 @@ std::vector<unsigned char*> stacks;
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 Context scheduler;
-Fiber* current = nullptr;
+Fiber *current = nullptr, *computing = nullptr;  // the second: for the whole warp
 Index the_block, the_block_size, the_grid;
 size_t the_shared_bytes;
 uint32_t serial = 0, launch_serial = 0, epoch = 0;
@@ -143,13 +144,18 @@ Body the_body;
 void* the_arguments;
 std::string message;
 bool failed;
+int launches = 0;
 
-[[noreturn]] void fail(const std::string& what) {
+void report_fault(const Fiber& who, const std::string& what) {
   char where[160];
   std::snprintf(where, sizeof where, "block (%u, %u, %u), thread (%u, %u, %u): ", the_block.x,
-                the_block.y, the_block.z, current->index.x, current->index.y, current->index.z);
+                the_block.y, the_block.z, who.index.x, who.index.y, who.index.z);
   message = where + what;
   failed = true;
+}
+
+[[noreturn]] void fail(const std::string& what) {
+  if (!failed) report_fault(*current, what);
   switch_to(current->context, scheduler);
   std::abort();
 }
@@ -282,6 +288,18 @@ void access(const void* address, size_t bytes, bool is_write) {
   touch(p, bytes, is_write, false);
 }
 
+// The lane that a fiber in an operation of its warp waits for; -1: none. A lane in another operation
+// may still arrive.
+int missing_lane(const Fiber& fiber) {
+  const Fiber* lanes = &fibers[static_cast<size_t>(fiber.number / 32 * 32)];
+  for (int i = 0; i < 32; ++i)
+    if (fiber.mask >> i & 1 &&
+        !(lanes[i].state == State::in_warp && lanes[i].mask == fiber.mask &&
+          std::strcmp(lanes[i].operation, fiber.operation) == 0))
+      return i;
+  return -1;
+}
+
 void run_block() {
   ++serial;
   epoch = 0;
@@ -330,13 +348,9 @@ void run_block() {
                       "block arrive", fiber.line, fiber.file);
       else
         std::snprintf(text, sizeof text,
-                      "warp divergence: it waits in %s, where not all lanes arrive",
-                      warps[static_cast<size_t>(fiber.number / 32)].operation);
-      char where[128];
-      std::snprintf(where, sizeof where, "block (%u, %u, %u), thread (%u, %u, %u): ", the_block.x,
-                    the_block.y, the_block.z, fiber.index.x, fiber.index.y, fiber.index.z);
-      message = std::string(where) + text;
-      failed = true;
+                      "warp divergence: it waits in %s, where lane %d, which its mask names, does not "
+                      "arrive", fiber.operation, missing_lane(fiber));
+      report_fault(fiber, text);
       return;
     }
   }
@@ -359,39 +373,45 @@ void block_barrier(const char* file, int line) {
 
 void collective(const char* name, unsigned mask, const void* operand, void* result,
                 Combine combine) {
-  if (mask != 0xffffffffu) fail(std::string(name) + " with a partial mask is not emulated");
-  Warp& warp = warps[static_cast<size_t>(current->number / 32)];
-  if (warp.arrived && std::strcmp(warp.operation, name))
-    fail(std::string("warp divergence: it is in ") + name + " while other lanes are in " +
-         warp.operation);
-  warp.operation = name;
+  Fiber* lanes = &fibers[static_cast<size_t>(current->number / 32 * 32)];
+  const std::string in = std::string("warp divergence: it is in ") + name;
+  if (!(mask >> current->number % 32 & 1)) fail(in + " with a mask that does not name its lane");
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1 && lanes[i].state == State::done)
+      fail(in + ", and lane " + std::to_string(i) + ", which its mask names, has left the kernel");
+  current->operation = name;
+  current->mask = mask;
   current->operand = operand;
   current->result = result;
-  if (++warp.arrived < 32) {
-    current->state = State::in_warp;
+  current->state = State::in_warp;
+  if (missing_lane(*current) >= 0) {
     switch_to(current->context, scheduler);
     return;
   }
-  const void* operands[32];
-  void* results[32];
-  Fiber* first = &fibers[static_cast<size_t>(current->number / 32 * 32)];
+  const void* operands[32] = {};
+  void* results[32] = {};
   for (int i = 0; i < 32; ++i) {
-    operands[i] = first[i].operand;
-    results[i] = first[i].result;
-    first[i].state = State::ready;
+    if (!(mask >> i & 1)) continue;
+    operands[i] = lanes[i].operand;
+    results[i] = lanes[i].result;
+    lanes[i].state = State::ready;
   }
-  warp.arrived = 0;
-  if (!combine) return;
-  Fiber* self = std::exchange(current, nullptr);  // what it touches is the emulator's
+  // A barrier of some lanes is not known to the checks for races: they may report too much.
+  if (!combine) {
+    if (mask == 0xffffffffu) ++warps[static_cast<size_t>(current->number / 32)].epoch;
+    return;
+  }
+  computing = std::exchange(current, nullptr);  // what it touches is the emulator's
   combine(operands, results);
-  current = self;
+  current = std::exchange(computing, nullptr);
+  if (failed) fail("");
 }
 
-void warp_barrier(const char*, int) {
-  Warp& warp = warps[static_cast<size_t>(current->number / 32)];
-  const bool last = warp.arrived == 31;
-  if (last) ++warp.epoch;
-  collective("__syncwarp", 0xffffffffu, nullptr, nullptr, nullptr);
+void warp_barrier(unsigned mask) { collective("__syncwarp", mask, nullptr, nullptr, nullptr); }
+
+void complain(int lane, const char* what) {
+  if (lane < 0) fail(what);
+  if (!failed) report_fault(fibers[static_cast<size_t>(computing->number / 32 * 32 + lane)], what);
 }
 
 unsigned exchange(const char* name, unsigned mask, unsigned bits, int argument, Combine combine) {
@@ -469,6 +489,7 @@ const char* launch(Index grid, Index block, size_t shared_bytes, Body body, void
   const auto* bytes = static_cast<const unsigned char*>(arguments);
   arguments_region = {bytes, bytes + argument_bytes, false, nullptr};
   failed = false;
+  ++launches;
   launch_serial = serial;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
@@ -488,6 +509,7 @@ const char* launch(Index grid, Index block, size_t shared_bytes, Body body, void
 
 EXPORT void emulation_clear_memory() {
   using namespace emulation;
+  launches = 0;
   for (Region& region : regions)
     if (region.cells)
       munmap(region.cells, (static_cast<size_t>(region.end - region.begin) / kCellBytes + 2) * sizeof(Cell));
@@ -508,7 +530,13 @@ EXPORT void emulation_add_memory(void* address, size_t bytes, bool writable) {
   last_region = nullptr;
 }
 
-EXPORT void emulation_limit_shared_memory(int bytes) { emulation::shared_limit = bytes; }
+// Since memory was cleared.
+EXPORT int emulation_launches() { return emulation::launches; }
+
+EXPORT void emulation_set_limits(int shared_bytes, int multiprocessors) {
+  emulation::shared_limit = shared_bytes;
+  emulation::multiprocessors = multiprocessors;
+}
 
 // ---- the compiler's hooks -----------------------------------------------------------------------
 

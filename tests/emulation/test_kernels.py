@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,7 +23,21 @@ class SmallMemory(EmulatedBackend):
     """A block may have 99 KB, as on sm_120, the least of what we compile for."""
 
     name = "small"
-    shared_limit = 99 << 10
+    limits = (99 << 10, 188)
+
+
+class FewMultiprocessors(EmulatedBackend):
+    """So few that a block for every head keeps all of them busy."""
+
+    name = "few"
+    limits = (227 << 10, 2)
+
+
+@pytest.fixture
+def few(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    entry = ("tests.emulation.test_kernels", "FewMultiprocessors")
+    monkeypatch.setitem(backends._BACKENDS, "few", entry)
+    return "few"
 
 
 @pytest.fixture
@@ -99,6 +115,56 @@ def test_a_row_alone_and_in_a_batch_has_the_same_bits(backend: str, is_causal: b
             *(x[1:] for x in (call.query, call.key, call.value)), **kwargs, backend=backend
         )
     assert torch.equal(alone, together["out"][1:])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        several_segments(True),
+        several_segments(True, Hk=2, D=40, Dv=60, dtype=torch.bfloat16, masked=False),
+        several_segments(True, Hk=2, N=2 * SEGMENT, initial_state=False, return_state=False),
+        several_segments(True, N=SEGMENT + 1, feature_map="identity", normalize=False),
+    ],
+    ids=["grouped, masked, with states", "bfloat16", "whole segments", "not normalised"],
+)
+def test_a_block_that_walks_a_sequence_gives_the_bits_of_many(
+    backend: str, few: str, case: Case
+) -> None:
+    """Keys are read once where heads fill the GPU; the sums are those of the segments all the same."""
+    call = draw(case)
+    walked, cut = run(call, few), run(call, backend)
+    assert all(torch.equal(walked[name], cut[name]) for name in cut)
+    if case.dtype == torch.float32:
+        assert_accurate(walked, truth(call))
+
+
+def launches(backend: EmulatedBackend, case: Case) -> tuple[int, int]:
+    """Kernels that forward and backward launch."""
+    call = draw(case)
+    for x in (call.query, call.key, call.value):
+        x.requires_grad_()
+    given = op_arguments(call.query, call.key, call.value, **arguments(call))
+    inputs, options, _ = split_arguments(given)
+    problem = problem_of(inputs, *options)
+    detached = inputs._replace(
+        **{x: getattr(inputs, x).detach() for x in ("query", "key", "value")}
+    )
+    outputs = backend.forward(problem, detached)
+    forward = backend.launches()
+    backend.backward(problem, detached, outputs.saved, torch.randn_like(outputs.out), None, None)
+    return forward, backend.launches()
+
+
+def test_few_launches(backend: str, few: str) -> None:
+    """One each way for a BERT's batch; keys are read once where heads fill the GPU."""
+    plenty, little = EmulatedBackend(), FewMultiprocessors()
+    short, long = Case(1, 2, SEGMENT, 16), Case(1, 2, SEGMENT + 30, 16)
+    assert launches(plenty, short) == (1, 1)
+    assert launches(plenty, long) == (3, 3)
+    causal_short, causal_long = replace(short, is_causal=True), replace(long, is_causal=True)
+    assert launches(plenty, causal_short) == (1, 2)
+    assert launches(plenty, causal_long) == (3, 4)
+    assert launches(little, causal_long) == (1, 4)
 
 
 def test_offsets_that_are_wrong_stay_inside_the_tensors(backend: str) -> None:

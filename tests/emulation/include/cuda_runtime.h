@@ -19,7 +19,7 @@
 #define __grid_constant__
 
 #define __syncthreads() emulation::block_barrier(__FILE__, __LINE__)
-#define __syncwarp() emulation::warp_barrier(__FILE__, __LINE__)
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::warp_barrier(mask); }
 
 using dim3 = emulation::Index;
 struct alignas(8) float2 {
@@ -48,12 +48,13 @@ using cudaStream_t = struct CUstream_st*;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 
 namespace emulation {
 
 extern const char* report;        // of the launch that failed last
 extern int shared_limit;          // bytes of shared memory that a block may ask for
+extern int multiprocessors;
 unsigned exchange(const char* name, unsigned mask, unsigned bits, int argument, Combine combine);
 
 struct Offer {
@@ -61,24 +62,28 @@ struct Offer {
   int argument;
 };
 
-inline void exchange_xor(const void* const* operands, void* const* results) {
+// Every lane gets what another offers: `Other` of its own number and argument.
+template <int (*Other)(int lane, int argument)>
+void exchange_with(const void* const* operands, void* const* results) {
   for (int i = 0; i < 32; ++i) {
-    const int other = i ^ static_cast<const Offer*>(operands[i])->argument;
-    *static_cast<unsigned*>(results[i]) = static_cast<const Offer*>(operands[other & 31])->bits;
+    if (!operands[i]) continue;
+    const int other = Other(i, static_cast<const Offer*>(operands[i])->argument) & 31;
+    if (operands[other])
+      *static_cast<unsigned*>(results[i]) = static_cast<const Offer*>(operands[other])->bits;
+    else
+      complain(i, "a shuffle from a lane that its mask does not name");
   }
 }
 
-inline void exchange_index(const void* const* operands, void* const* results) {
-  for (int i = 0; i < 32; ++i) {
-    const int other = static_cast<const Offer*>(operands[i])->argument;
-    *static_cast<unsigned*>(results[i]) = static_cast<const Offer*>(operands[other & 31])->bits;
-  }
-}
+inline int by_xor(int lane, int argument) { return lane ^ argument; }
+inline int by_index(int, int argument) { return argument; }
 
 inline void vote_any(const void* const* operands, void* const* results) {
   unsigned any = 0;
-  for (int i = 0; i < 32; ++i) any |= static_cast<const Offer*>(operands[i])->bits;
-  for (int i = 0; i < 32; ++i) *static_cast<unsigned*>(results[i]) = any;
+  for (int i = 0; i < 32; ++i)
+    if (operands[i]) any |= static_cast<const Offer*>(operands[i])->bits;
+  for (int i = 0; i < 32; ++i)
+    if (operands[i]) *static_cast<unsigned*>(results[i]) = any;
 }
 
 template <class T>
@@ -96,11 +101,13 @@ __attribute__((no_sanitize("thread"))) T shuffle(const char* name, unsigned mask
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return emulation::shuffle("__shfl_xor_sync", mask, value, lanes, emulation::exchange_xor);
+  return emulation::shuffle("__shfl_xor_sync", mask, value, lanes,
+                            emulation::exchange_with<emulation::by_xor>);
 }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
-  return emulation::shuffle("__shfl_sync", mask, value, lane, emulation::exchange_index);
+  return emulation::shuffle("__shfl_sync", mask, value, lane,
+                            emulation::exchange_with<emulation::by_index>);
 }
 inline int __any_sync(unsigned mask, int predicate) {
   return static_cast<int>(emulation::shuffle("__any_sync", mask, unsigned(predicate != 0), 0,
@@ -138,8 +145,9 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   return bytes <= emulation::shared_limit ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulation::shared_limit;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::multiprocessors
+                                                       : emulation::shared_limit;
   return cudaSuccess;
 }
 

@@ -1,19 +1,34 @@
 // The instructions of csrc/cuda/ptx.cuh in plain C++, with the fragment layouts of the PTX manual
 // ("Matrix fragments for mma.m16n8k16 with floating point type" and "... mma.m16n8k8"). Written
-// from the manual's formulas, one element at a time, and independently of the kernels' loads.
+// from the manual's formulas, one element at a time, and independently of the kernels' loads, which
+// it checks: a register that holds another element than the manual wants there is a fault.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 
 namespace emulation {
 
+// A register that knows which element of its operand it holds: row of A or column of B, and depth.
+struct Register {
+  uint32_t bits = 0;
+  int16_t i = -1, k = -1;
+  operator uint32_t() const { return bits; }
+};
+
+// A sum that knows which element of the product it is; before the first product it is none.
+struct Sum {
+  float value = 0;
+  int16_t row = -1, column = -1;
+};
+
 struct MmaOperands {
-  float c[4];
-  uint32_t a[4], b[2];
+  Sum c[4];
+  Register a[4], b[2];
 };
 
 inline float bits_to_float(uint32_t bits) {
@@ -22,69 +37,103 @@ inline float bits_to_float(uint32_t bits) {
   return value;
 }
 
-// d = a b + c of one warp. K elements are summed; `Get` reads element i of a register array.
-template <int K, class GetA, class GetB>
-void multiply(const void* const* operands, void* const* results, GetA get_a, GetB get_b) {
-  float a[16][K], b[K][8];
+struct Place {
+  int i, k;
+};
+
+// Where the manual wants the elements of a fragment: of A (16 x K) the row and the depth, of B (K x 8)
+// the column and the depth, of the sums (16 x 8) the row and the column. A register of bf16 holds two
+// neighbours in depth.
+struct Bf16Layout {
+  static constexpr int kDepth = 16, kHalves = 2;
+  static Place a(int lane, int element) {
+    const bool upper = element < 2 || (element >= 4 && element < 6);
+    return {upper ? lane >> 2 : (lane >> 2) + 8,
+            (lane & 3) * 2 + (element & 1) + (element >= 4 ? 8 : 0)};
+  }
+  static Place b(int lane, int element) {
+    return {lane >> 2, (lane & 3) * 2 + (element & 1) + (element >= 2 ? 8 : 0)};
+  }
+  static float value(uint32_t bits, int half) {  // the low half comes first
+    return bits_to_float((half ? bits >> 16 : bits & 0xffff) << 16);
+  }
+};
+
+struct Tf32Layout {
+  static constexpr int kDepth = 8, kHalves = 1;
+  static Place a(int lane, int element) {
+    return {element == 0 || element == 2 ? lane >> 2 : (lane >> 2) + 8,
+            element < 2 ? lane & 3 : (lane & 3) + 4};
+  }
+  static Place b(int lane, int element) { return {lane >> 2, (lane & 3) + 4 * element}; }
+  static float value(uint32_t bits, int) {  // the hardware reads the upper 19 bits
+    return bits_to_float(bits & 0xffffe000u);
+  }
+};
+
+inline Place of_sum(int lane, int element) {
+  return {element < 2 ? lane >> 2 : (lane >> 2) + 8, (lane & 3) * 2 + (element & 1)};
+}
+
+// Complains unless a register holds the element `wanted` away from `origin`.
+inline void check_place(int lane, const char* matrix, int number, Place held, Place origin,
+                        Place wanted) {
+  if (held.i == origin.i + wanted.i && held.k == origin.k + wanted.k) return;
+  char text[200];
+  std::snprintf(text, sizeof text,
+                "a wrong fragment: register %d of %s must hold element (%d, %d) of its tile, and "
+                "holds (%d, %d)",
+                number, matrix, wanted.i, wanted.k, held.i - origin.i, held.k - origin.k);
+  complain(lane, text);
+}
+
+// d = a b + c of one warp.
+template <class Layout>
+void multiply(const void* const* operands, void* const* results) {
+  constexpr int kHalves = Layout::kHalves;
+  float a[16][Layout::kDepth], b[Layout::kDepth][8];
+  // The tiles' places in their matrices: lane 0 holds the first element of both.
+  const auto& first = *static_cast<const MmaOperands*>(operands[0]);
+  const Place origin_a{first.a[0].i, first.a[0].k}, origin_b{first.b[0].i, first.b[0].k};
+  if (origin_a.k != origin_b.k) complain(0, "a wrong fragment: A and B do not start at one depth");
   for (int lane = 0; lane < 32; ++lane) {
     const auto& own = *static_cast<const MmaOperands*>(operands[lane]);
-    get_a(own, lane, a);
-    get_b(own, lane, b);
+    for (int e = 0; e < 4 * kHalves; ++e) {
+      const Place at = Layout::a(lane, e);
+      const Register& held = own.a[e / kHalves];
+      if (e % kHalves == 0) check_place(lane, "A", e / kHalves, {held.i, held.k}, origin_a, at);
+      a[at.i][at.k] = Layout::value(held.bits, e % kHalves);
+    }
+    for (int e = 0; e < 2 * kHalves; ++e) {
+      const Place at = Layout::b(lane, e);
+      const Register& held = own.b[e / kHalves];
+      if (e % kHalves == 0) check_place(lane, "B", e / kHalves, {held.i, held.k}, origin_b, at);
+      b[at.k][at.i] = Layout::value(held.bits, e % kHalves);
+    }
   }
+  const Place origin{origin_a.i, origin_b.i};
   for (int lane = 0; lane < 32; ++lane) {
     const auto& own = *static_cast<const MmaOperands*>(operands[lane]);
     for (int i = 0; i < 4; ++i) {
-      const int row = i < 2 ? lane >> 2 : (lane >> 2) + 8, col = (lane & 3) * 2 + (i & 1);
-      double sum = own.c[i];
-      for (int k = 0; k < K; ++k) sum += double(a[row][k]) * b[k][col];
-      static_cast<float*>(results[lane])[i] = static_cast<float>(sum);
+      const Place at = of_sum(lane, i);
+      if (own.c[i].row >= 0)
+        check_place(lane, "the sums", i, {own.c[i].row, own.c[i].column}, origin, at);
+      double sum = own.c[i].value;
+      for (int k = 0; k < Layout::kDepth; ++k) sum += double(a[at.i][k]) * b[k][at.k];
+      static_cast<Sum*>(results[lane])[i] = {static_cast<float>(sum),
+                                             static_cast<int16_t>(origin.i + at.i),
+                                             static_cast<int16_t>(origin.k + at.k)};
     }
   }
 }
 
-inline void multiply_bf16(const void* const* operands, void* const* results) {
-  multiply<16>(
-      operands, results,
-      [](const MmaOperands& own, int lane, float (&a)[16][16]) {
-        for (int i = 0; i < 8; ++i) {  // a_i: register i / 2, its low half first
-          const int row = (i < 2 || (i >= 4 && i < 6)) ? lane >> 2 : (lane >> 2) + 8;
-          const int col = (lane & 3) * 2 + (i & 1) + (i >= 4 ? 8 : 0);
-          a[row][col] = bits_to_float((i & 1 ? own.a[i / 2] >> 16 : own.a[i / 2] & 0xffff) << 16);
-        }
-      },
-      [](const MmaOperands& own, int lane, float (&b)[16][8]) {
-        for (int i = 0; i < 4; ++i) {
-          const int row = (lane & 3) * 2 + (i & 1) + (i >= 2 ? 8 : 0), col = lane >> 2;
-          b[row][col] = bits_to_float((i & 1 ? own.b[i / 2] >> 16 : own.b[i / 2] & 0xffff) << 16);
-        }
-      });
-}
-
-// The hardware reads the upper 19 bits of a tf32 operand.
-inline float tf32(uint32_t bits) { return bits_to_float(bits & 0xffffe000u); }
-
-inline void multiply_tf32(const void* const* operands, void* const* results) {
-  multiply<8>(
-      operands, results,
-      [](const MmaOperands& own, int lane, float (&a)[16][8]) {
-        for (int i = 0; i < 4; ++i) {
-          const int row = (i == 0 || i == 2) ? lane >> 2 : (lane >> 2) + 8;
-          const int col = i < 2 ? lane & 3 : (lane & 3) + 4;
-          a[row][col] = tf32(own.a[i]);
-        }
-      },
-      [](const MmaOperands& own, int lane, float (&b)[8][8]) {
-        for (int i = 0; i < 2; ++i) b[(lane & 3) + 4 * i][lane >> 2] = tf32(own.b[i]);
-      });
-}
-
 __attribute__((no_sanitize("thread"))) inline void mma(const char* name, Combine combine,
-                                                       float (&c)[4], const uint32_t (&a)[4],
-                                                       const uint32_t (&b)[2]) {
+                                                       Sum (&c)[4], const Register (&a)[4],
+                                                       const Register (&b)[2]) {
   MmaOperands own;
   for (int i = 0; i < 4; ++i) own.c[i] = c[i], own.a[i] = a[i];
   for (int i = 0; i < 2; ++i) own.b[i] = b[i];
-  float result[4];
+  Sum result[4];
   collective(name, 0xffffffffu, &own, result, combine);
   for (int i = 0; i < 4; ++i) c[i] = result[i];
 }
@@ -93,12 +142,30 @@ __attribute__((no_sanitize("thread"))) inline void mma(const char* name, Combine
 
 namespace fastattn::cuda {
 
-inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::mma("mma_bf16", emulation::multiply_bf16, c, a, b);
+using emulation::Register;
+using emulation::Sum;
+
+__attribute__((no_sanitize("thread"))) inline Register holding(uint32_t bits, int i, int k) {
+  return {bits, static_cast<int16_t>(i), static_cast<int16_t>(k)};
 }
 
-inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::mma("mma_tf32", emulation::multiply_tf32, c, a, b);
+__attribute__((no_sanitize("thread"))) inline float taken_for(const Sum& sum, int row, int column) {
+  if (sum.row >= 0 && (sum.row != row || sum.column != column)) {
+    char text[160];
+    std::snprintf(text, sizeof text,
+                  "a wrong fragment: element (%d, %d) of a product is taken for (%d, %d)", sum.row,
+                  sum.column, row, column);
+    emulation::complain(-1, text);
+  }
+  return sum.value;
+}
+
+inline void mma_bf16(Sum (&c)[4], const Register (&a)[4], const Register (&b)[2]) {
+  emulation::mma("mma_bf16", emulation::multiply<emulation::Bf16Layout>, c, a, b);
+}
+
+inline void mma_tf32(Sum (&c)[4], const Register (&a)[4], const Register (&b)[2]) {
+  emulation::mma("mma_tf32", emulation::multiply<emulation::Tf32Layout>, c, a, b);
 }
 
 // cvt.rna.tf32.f32: to the nearest, ties away from zero.

@@ -22,12 +22,17 @@ Index grid_size();
 int lane();
 
 void block_barrier(const char* file, int line);
-void warp_barrier(const char* file, int line);
+void warp_barrier(unsigned mask);
 
-// One operation of all 32 lanes of a warp: the last to arrive computes every lane's result.
+// One operation of the lanes of a warp that a mask names: the last to arrive computes every lane's
+// result. What a lane offers is null where the mask does not name it.
 using Combine = void (*)(const void* const* operands, void* const* results);
 void collective(const char* name, unsigned mask, const void* operand, void* result,
                 Combine combine);
+
+// A fault that kernels' own checks found: of a lane of the warp that computes, or (-1) of the thread
+// that runs. Does not return in the second case; in the first the operation is finished first.
+void complain(int lane, const char* what);
 
 // Asynchronous copies: the bytes arrive when the group they were committed to is waited for.
 void copy_async(void* shared, const void* global, int bytes);
