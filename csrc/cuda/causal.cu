@@ -151,7 +151,7 @@ __global__ void causal_kernel(const __grid_constant__ C c, float* anchors, float
   const Segment s = key_segment(c, slot);
   if (!s.exists()) return;
   Carve carve{shared_memory};
-  const ForwardTiles<C> t(n, false, spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
+  const ForwardTiles<C> t(n, false, spill ? spill + int64_t{blockIdx.x} * n.state_elements() : nullptr, carve);
   const typename C::Phi phi(c.p, n);
   load_state(n, start_of(c, s, kv_head, anchors), t.state);
   causal_segment<C, false>(c, phi, s, head, t);
@@ -324,7 +324,7 @@ __global__ void query_gradient_kernel(const __grid_constant__ C c, float* anchor
   if (!s.exists()) return;
   Carve carve{shared_memory};
   const BackwardTiles<C> t(n, false, ahead,
-                           spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
+                           spill ? spill + int64_t{blockIdx.x} * n.state_elements() : nullptr, carve);
   const typename C::Phi phi(c.p, n);
   if (ahead && s.tokens) {
     start_keys(c, s, {kv_head, s.begin}, t);
@@ -402,7 +402,7 @@ __global__ void key_gradient_kernel(const __grid_constant__ C c, float* sums_of_
   if (!s.exists() || (!Writes && s.index == 0)) return;
   Carve carve{shared_memory};
   const BackwardTiles<C> t(n, true, ahead,
-                           spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
+                           spill ? spill + int64_t{blockIdx.x} * n.state_elements() : nullptr, carve);
   const typename C::Phi phi(c.p, n);
   const int64_t row = s.state * c.p.num_kv_heads + kv_head, size = c.p.state_size();
   const bool last = s.index + 1 == s.count;

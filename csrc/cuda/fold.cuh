@@ -84,7 +84,7 @@ __global__ void sum_kernel(const __grid_constant__ C c, float* sums, int64_t str
   const Segment s = key_segment(c, slot);
   if (!s.exists() || (c.p.is_causal && s.index + 1 == s.count)) return;
   Carve carve{shared_memory};
-  const SumTiles<C> t(c.n, spill ? spill + blockIdx.x * c.n.state_elements() : nullptr, carve);
+  const SumTiles<C> t(c.n, spill ? spill + int64_t{blockIdx.x} * c.n.state_elements() : nullptr, carve);
   const typename C::Phi phi(c.p, c.n);
   sum_keys(c, phi, s, head, t);
   const int64_t index = (c.p.is_causal ? s.anchor + 1 : slot) * c.p.num_kv_heads + head;

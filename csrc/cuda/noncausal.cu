@@ -68,7 +68,7 @@ __global__ void noncausal_kernel(const __grid_constant__ C c, float* spill) {
   const int64_t batch = blockIdx.x / c.p.num_heads, head = blockIdx.x % c.p.num_heads;
   const int64_t kv_head = head / n.group, index = batch * c.p.num_kv_heads + kv_head;
   Carve carve{shared_memory};
-  const ForwardTiles<C> t(n, spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
+  const ForwardTiles<C> t(n, spill ? spill + int64_t{blockIdx.x} * n.state_elements() : nullptr, carve);
   const typename C::Phi phi(c.p, n);
   const bool efficient = c.p.feature_map == FeatureMap::efficient;
   sum_keys(c, phi, key_segment(c, batch), kv_head, t);
@@ -103,7 +103,7 @@ __global__ void emit_kernel(const __grid_constant__ C c, float* totals, int64_t 
   const Segment s = query_segment(c, slot);
   if (!s.exists()) return;
   Carve carve{shared_memory};
-  const ForwardTiles<C> t(c.n, spill ? spill + blockIdx.x * c.n.state_elements() : nullptr, carve);
+  const ForwardTiles<C> t(c.n, spill ? spill + int64_t{blockIdx.x} * c.n.state_elements() : nullptr, carve);
   const typename C::Phi phi(c.p, c.n);
   load_state(c.n,
              state_at(totals, c.n, s.state * c.p.num_kv_heads + head / c.n.group, stride), t.state);
@@ -283,7 +283,7 @@ __global__ void noncausal_gradient_kernel(const __grid_constant__ C c, int64_t s
   const int64_t batch = blockIdx.x / c.p.num_kv_heads, kv_head = blockIdx.x % c.p.num_kv_heads;
   Carve carve{shared_memory};
   const BackwardTiles<C> t(n, true, true,
-                           spill ? spill + blockIdx.x * 2 * n.state_elements() : nullptr, carve);
+                           spill ? spill + int64_t{blockIdx.x} * 2 * n.state_elements() : nullptr, carve);
   const typename C::Phi phi(c.p, n);
   float* saved = static_cast<float*>(c.a.saved);
   load_state(n, state_at(saved, n, blockIdx.x, saved_stride), t.state);
@@ -304,7 +304,7 @@ __global__ void query_gradient_kernel(const __grid_constant__ C c, float* sums, 
   if (!s.exists()) return;
   Carve carve{shared_memory};
   const BackwardTiles<C> t(n, true, false,
-                           spill ? spill + blockIdx.x * 2 * n.state_elements() : nullptr, carve);
+                           spill ? spill + int64_t{blockIdx.x} * 2 * n.state_elements() : nullptr, carve);
   const typename C::Phi phi(c.p, n);
   load_state(n,
              state_at(static_cast<float*>(c.a.saved), n, s.state * c.p.num_kv_heads + kv_head,
@@ -340,7 +340,7 @@ __global__ void key_gradient_kernel(const __grid_constant__ C c, float* totals, 
   if (!s.exists()) return;
   Carve carve{shared_memory};
   const BackwardTiles<C> t(n, false, true,
-                           spill ? spill + blockIdx.x * n.state_elements() : nullptr, carve);
+                           spill ? spill + int64_t{blockIdx.x} * n.state_elements() : nullptr, carve);
   const typename C::Phi phi(c.p, n);
   const int64_t index = s.state * c.p.num_kv_heads + head;
   load_state(n, state_at(totals, n, index, c.p.state_size()), t.gradient);

@@ -99,7 +99,7 @@ def build(edited_object: str = "", edits: tuple[Edit, ...] = ()) -> Path:
     folder = BUILD / digest.hexdigest()[:16]
     result = folder / "_cuda_emulated.so"
     sound = build().parent if edits else folder
-    with _lock():
+    with locked("emulation"):
         if not result.exists():
             _compile(folder, sources, result, edited_object, sound)
     return result
@@ -148,9 +148,9 @@ def _run(command: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _lock() -> Iterator[None]:
+def locked(name: str) -> Iterator[None]:
     """One process compiles, the others wait and find it done."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / "lock").open("w") as file:
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

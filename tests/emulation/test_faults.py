@@ -98,17 +98,17 @@ FAULTS = {
         "tile.cuh",
         "load(b, col + g, k + t, f.high[0], f.low[0]);",
         "load(b, col + t, k + g, f.high[0], f.low[0]);",
-        r"kernel noncausal_forward .*thread \(1, 0, 0\): a wrong fragment: register 0 of B must hold "
-        r"element \(0, 1\) of its tile, and holds \(1, 0\)",
+        r"kernel noncausal_forward .*thread \(1, 0, 0\): a wrong fragment: register 0 of B must "
+        r"hold element \(0, 1\) of its tile, and holds \(1, 0\)",
         FULL,
         "noncausal",
     ),
     "fragment of A with registers swapped": Fault(
         "tile.cuh",
         LOAD_A,
-        LOAD_A.translate(str.maketrans("12", "21")).replace("k + t + 4", "k + t + 4"),
-        r"kernel noncausal_forward .*thread \(0, 0, 0\): a wrong fragment: register 1 of A must hold "
-        r"element \(8, 0\) of its tile, and holds \(0, 4\)",
+        LOAD_A.translate(str.maketrans("12", "21")),
+        r"kernel noncausal_forward .*thread \(0, 0, 0\): a wrong fragment: register 1 of A must "
+        r"hold element \(8, 0\) of its tile, and holds \(0, 4\)",
         FULL,
         "noncausal",
     ),
@@ -116,8 +116,8 @@ FAULTS = {
         "tile.cuh",
         "c = col + 2 * (lane_index() & 3);",
         "c = col + (lane_index() & 3);",
-        r"kernel noncausal_forward .*: a wrong fragment: element \(\d+, \d+\) of a product is taken "
-        r"for \(\d+, \d+\)",
+        r"kernel noncausal_forward .*: a wrong fragment: element \(\d+, \d+\) of a product is "
+        r"taken for \(\d+, \d+\)",
         FULL,
         "noncausal",
     ),
@@ -125,8 +125,8 @@ FAULTS = {
         "tile.cuh",
         SUM,
         "if (lane_index() < 16) " + SUM,
-        r"kernel recurrent_forward .*warp divergence: it (waits in __shfl_xor_sync, where lane|is in "
-        r"__shfl_xor_sync, and lane) \d+, which its mask names",
+        r"kernel recurrent_forward .*warp divergence: it (waits in __shfl_xor_sync, where lane|"
+        r"is in __shfl_xor_sync, and lane) \d+, which its mask names",
         FEW,
         "step",
     ),
@@ -134,8 +134,8 @@ FAULTS = {
         "tile.cuh",
         SUM,
         SUM.replace("0xffffffffu", "0xffff0000u"),
-        r"kernel recurrent_forward .*warp divergence: it is in __shfl_xor_sync with a mask that does "
-        r"not name its lane",
+        r"kernel recurrent_forward .*warp divergence: it is in __shfl_xor_sync with a mask that "
+        r"does not name its lane",
         FEW,
         "step",
     ),
@@ -143,8 +143,8 @@ FAULTS = {
         "tile.cuh",
         SUM,
         "if (lane_index() < 16) " + SUM.replace("0xffffffffu", "0x0000ffffu"),
-        r"kernel recurrent_forward .*thread \(\d+, 0, 0\): a shuffle from a lane that its mask does "
-        r"not name",
+        r"kernel recurrent_forward .*thread \(\d+, 0, 0\): a shuffle from a lane that its mask "
+        r"does not name",
         FEW,
         "step",
     ),
@@ -189,7 +189,8 @@ def test_the_sound_kernels_pass_the_same_calls(backend: str) -> None:
 def test_halves_of_a_warp_may_shuffle_apart(backend: str) -> None:
     """A sum over each half, under a mask of its own, then over both."""
     halves = (
-        "if (lanes < 16) x += __shfl_xor_sync(lane_index() < 16 ? 0x0000ffffu : 0xffff0000u, x, lanes);"
-        "\n  x += __shfl_xor_sync(0xffffffffu, x, 16);\n  return x;"
+        "if (lanes < 16)\n"
+        "    x += __shfl_xor_sync(lane_index() < 16 ? 0x0000ffffu : 0xffff0000u, x, lanes);\n"
+        "  x += __shfl_xor_sync(0xffffffffu, x, 16);\n  return x;"
     )
     assert error(*forward(edited_backend("step", 0, ("tile.cuh", SUM, halves)), FEW)) < 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from fastattn.ops.attention import op_arguments
 from fastattn.ops.library import problem_of, split_arguments
 from tests.emulation import build
 from tests.emulation.backend import EmulatedBackend
-from tests.ops.problems import Case, arguments, assert_accurate, draw, run, truth
+from tests.ops import plain
+from tests.ops.problems import Case, arguments, assert_accurate, draw, error, run, truth
 
 causal = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 SEGMENT = 512
@@ -130,7 +132,7 @@ def test_a_row_alone_and_in_a_batch_has_the_same_bits(backend: str, is_causal: b
 def test_a_block_that_walks_a_sequence_gives_the_bits_of_many(
     backend: str, few: str, case: Case
 ) -> None:
-    """Keys are read once where heads fill the GPU; the sums are those of the segments all the same."""
+    """Keys are read once where heads fill the GPU, and the sums are those of segments even so."""
     call = draw(case)
     walked, cut = run(call, few), run(call, backend)
     assert all(torch.equal(walked[name], cut[name]) for name in cut)
@@ -165,6 +167,43 @@ def test_few_launches(backend: str, few: str) -> None:
     assert launches(plenty, causal_short) == (1, 2)
     assert launches(plenty, causal_long) == (3, 4)
     assert launches(little, causal_long) == (1, 4)
+
+
+def test_64k_tokens_of_small_heads_do_not_drift(backend: str) -> None:
+    """128 segments, forwards and backwards; the worst tokens, not only the norm."""
+    call = draw(Case(1, 1, 128 * SEGMENT, 16, is_causal=True, return_state=True))
+    results, right = run(call, backend), plain.run(call.to(torch.float64))
+    assert_accurate(results, right)
+    for name in ("out", "d query"):
+        assert error(results[name][:, :, -SEGMENT:], right[name][:, :, -SEGMENT:]) < 1e-5
+    for name in ("d key", "d value"):
+        assert error(results[name][:, :, :SEGMENT], right[name][:, :, :SEGMENT]) < 1e-5
+
+
+@causal
+@pytest.mark.parametrize("strides", [(2**31 + 64, 16), (16, 2**31 + 64)], ids=["heads", "tokens"])
+def test_gradients_of_tensors_past_32_bits(
+    backend: str, tmp_path: Path, strides: tuple[int, int], is_causal: bool
+) -> None:
+    """Inputs and the gradient that comes back, 2^31 elements from row to row. The memory is a file
+    with a hole, of which only the pages of a few rows ever exist."""
+    shape = (1, 2, 3, 16)
+    size = 2 * (3 * max(strides) + 1024)
+    case = Case(1, 2, 3, 16, is_causal=is_causal, dtype=torch.bfloat16)
+    near, far = draw(case), draw(case)
+    for name in ("query", "key", "value", "out"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+        memory = torch.UntypedStorage.from_file(str(tmp_path / name), False, size)
+        flat = torch.tensor([], dtype=torch.bfloat16).set_(memory)
+        view = flat.as_strided(shape, (0, *strides, 1))
+        view.copy_(near.grads["out"] if name == "out" else getattr(near, name))
+        if name == "out":
+            far.grads["out"] = view
+        else:
+            setattr(far, name, view)
+    right, results = run(near, backend, "chunked"), run(far, backend, "chunked")
+    assert all(torch.equal(results[name], right[name]) for name in right)
 
 
 def test_offsets_that_are_wrong_stay_inside_the_tensors(backend: str) -> None:
