@@ -46,7 +46,7 @@ format: $(DONE)/dev  ## let ruff fix and format the sources
 	$(PY) -m ruff format .
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info fastattn/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info fastattn/_native*.so fastattn/_cuda*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(DONE)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

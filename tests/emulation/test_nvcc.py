@@ -121,20 +121,20 @@ def test_the_module_imports_without_a_driver_and_its_errors_are_exceptions(built
     """In a process of its own; where there is a GPU, that has none to offer."""
     script = (
         "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('_cuda', {str(next(built.glob('_cuda*.so')))!r})\n"
+        "spec = importlib.util.spec_from_file_location('_cuda', sys.argv[1])\n"
         "cuda = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(cuda)\n"
         "print(cuda.INTERFACE, cuda.MAX_DIM, cuda.SEGMENT_TOKENS)\n"
-        "problem = cuda.Problem(batch=2, num_heads=3, num_kv_heads=3, query_length=5, key_length=5,\n"
-        "    head_dim=64, value_dim=64, num_sequences=0, dtype='bfloat16', feature_map='elu',\n"
-        "    form='chunked', is_causal=True, normalize=True, return_state=False, needs_grad=False,\n"
-        "    scale=1.0, eps=1e-6)\n"
+        "problem = cuda.Problem(batch=2, num_heads=3, num_kv_heads=3, query_length=5,\n"
+        "    key_length=5, head_dim=64, value_dim=64, num_sequences=0, dtype='bfloat16',\n"
+        "    feature_map='elu', form='chunked', is_causal=True, normalize=True,\n"
+        "    return_state=False, needs_grad=False, scale=1.0, eps=1e-6)\n"
         "print(cuda.workspace_size(problem, True, 232448, 132))\n"
         "numbers = (0, 0, 0, 232448, 132, *[0] * 22, *[0] * 8)\n"
         "cuda.forward(problem, numbers)\n"
     )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", script, str(next(built.glob("_cuda*.so")))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     constants = f"{native.INTERFACE} {cuda._MAX_DIM} {cuda._SEGMENT_TOKENS}"
     assert done.stdout.splitlines() == [constants, "64"], done.stderr
