@@ -21,8 +21,8 @@ import pytest
 from fastattn.backends import cuda, native
 from tests.emulation.build import ROOT, locked
 
-# Most registers of a thread, by kernel, over dtypes, widths and architectures; nothing spills. Shared
-# memory lets three blocks of 128 threads, or one of 256, share a multiprocessor: 168 are no limit.
+# Most registers of a thread, by kernel, over dtypes, widths and architectures; nothing spills. The
+# shared memory has room for three blocks of 128 threads, or one of 256, so 168 are no limit.
 REGISTERS = {
     "step_kernel": 80,
     "recurrent_kernel": 128,
