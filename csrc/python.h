@@ -12,9 +12,10 @@ namespace fastattn {
 
 namespace py = pybind11;
 
-// What the Python side and a library say to each other: the arguments of Problem, the order of the
-// numbers of a call, the functions of a module. A change of any of them raises this number, here and
-// in fastattn/backends/native.py, so that a library that was built before it is refused.
+// What the Python side and a library have to agree on: the arguments of Problem, the order of the
+// numbers of a call, the functions of a module, the constants by which both compute sizes (tokens of
+// a segment). A change of any of them raises this number, here and in fastattn/backends/native.py, so
+// that a library that was built before it is refused.
 constexpr int kInterface = 1;
 
 // Why the CUDA kernels were not built along; from setup.py.
