@@ -1,9 +1,9 @@
 """Words out of an encoder that never saw a space: perturbed masking on a small character model.
 
-Trains a masked language model over the characters of the SIGHAN 2005 test texts, spaces removed, and
-cuts sentences where neighbouring characters have little impact on each other. Reference points: each
-character a word, and bigram mutual information. The threshold is the best of ten quantiles, chosen
-with the gold words in hand (an oracle), for every method alike.
+Trains a masked language model over the characters of the SIGHAN 2005 test texts, spaces removed,
+and cuts sentences where neighbouring characters have little impact on each other. Reference points:
+each character a word, and bigram mutual information. The threshold is the best of ten quantiles,
+chosen with the gold words in hand (an oracle), for every method alike.
 
     python -m examples.segment_characters --data DIR   # pku_test_gold.txt, msr_test_gold.txt
 
