@@ -34,7 +34,7 @@ CONTEXT, TOKENS = 10, 128
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=700, help="of training, for each model")
+    parser.add_argument("--steps", type=int, default=540, help="of training, for each model")
     parser.add_argument("--contexts", type=int, default=100)
     parser.add_argument("--scored", type=int, default=2000, help="validation texts for perplexity")
     parser.add_argument("--length", type=int, default=1000, help="tokens to wait for the end")
@@ -131,7 +131,8 @@ def train(
                 0.55 + 0.45 * math.cos(math.pi * step / steps)
             )
             optimizer.param_groups[0]["lr"] = 2e-3 * rate
-            loss = loss_of(model, found[int(torch.randint(len(found), ()))])
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, found[int(torch.randint(len(found), ()))])
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
