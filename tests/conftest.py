@@ -41,7 +41,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def wanted(item: pytest.Item) -> bool:
         if any(
-            part in item.nodeid for part in (*TOO_LARGE, "float64", "gradcheck", "triton-dtype1-")
+            part in item.nodeid
+            for part in (*TOO_LARGE, "float64", "gradcheck", "triton-dtype1-", "triton-given1-")
         ):
             return False
         ours = "backends/triton" in item.nodeid

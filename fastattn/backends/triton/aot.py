@@ -133,7 +133,8 @@ def compile_step(step: Step, dtype: torch.dtype, arch: str) -> Any:
             signature[name] = "*" + _element(name, dtype)
             attributes[index,] = [["tt.divisibility", ALIGNMENT]]
     source = ASTSource(step.kernel, signature, constants, attributes)
-    return triton.compile(source, target=ARCHS[arch].target, options=step.options)
+    target = ARCHS[arch].target
+    return triton.compile(source, target=target, options=step.options(target.warp_size))
 
 
 def _element(name: str, dtype: torch.dtype) -> str:
@@ -155,9 +156,10 @@ def measure(call: Call, step: Step, arch: str) -> Compiled:
     compiled = compile_step(step, call.dtype, arch)
     usage = _amd_usage if ARCHS[arch].target.backend == "hip" else _nvidia_usage
     registers, spilled = usage(compiled)
+    metadata = compiled.metadata
     return Compiled(
-        arch, call.title, step.kernel.__name__, step.tile.num_warps, registers, spilled,
-        int(compiled.metadata.shared),
+        arch, call.title, step.kernel.__name__, int(metadata.num_warps), registers, spilled,
+        int(metadata.shared),
     )  # fmt: skip
 
 

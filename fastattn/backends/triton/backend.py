@@ -122,8 +122,7 @@ class TritonBackend:
             return 0
         states, statistics = self._saved_states(problem)
         F = problem.feature_dim
-        # Two elements too many: a size that may be 0 or 1 is one that torch.export specialises on.
-        return problem.num_kv_heads * states * (F * (problem.value_dim + 1) + statistics) + 2
+        return problem.num_kv_heads * states * (F * (problem.value_dim + 1) + statistics)
 
     @staticmethod
     def _saved_states(problem: Problem) -> tuple[int, int]:
@@ -146,7 +145,9 @@ class TritonBackend:
             heads = (problem.state_batch, problem.num_kv_heads, problem.feature_dim)
             S = query.new_empty((*heads, problem.value_dim), dtype=sums)
             z = query.new_empty(heads, dtype=sums)
-        saved = query.new_empty(self.saved_size(problem), dtype=sums)
+        # Of packed sequences some rows stay idle: zeros, so that the same call saves the same.
+        new = query.new_empty if problem.num_sequences is None else query.new_zeros
+        saved = new(self.saved_size(problem), dtype=sums)
         target = self._target(query, _unit_of(*inputs[:3], out))
         plan = plans.forward(problem, target)
         values = self._values(problem, inputs, saved, target.unit)

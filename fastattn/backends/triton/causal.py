@@ -12,19 +12,25 @@ Backward, with g_i = do_i / den_i, u_i = S_i g_i, delta_i = -phi(q_i) . u_i / de
     reverse sweep:   dS_j = sum_{i>=j} phi(q_i) g_i^T        dphi(k_j) = dS_j v_j + dz_j
                      dz_j = sum_{i>=j} delta_i phi(q_i)      dv_j = dS_j^T phi(k_j)
 
-Two launches, one for each sweep, and a fold of the segments' sums between them; every program takes
-one segment. Walking the state backwards by subtraction would save reading the inputs again, but is
-wrong where a segment's features differ by many orders of magnitude: what is left of a large sum is
-its rounding. It also needs both states in registers at once, which spills (measured).
+A program takes one segment after another, the last one first, with the sums of all later ones at
+hand: forward sweep, then reverse sweep (sweeps.py), each from the segment's own end. Where there
+are fewer heads than multiprocessors, two launches share the segments out: one for the forward
+sweeps and every segment's sums, a fold of these, and one for the reverse sweeps.
+
+Walking the state backwards by subtraction would save reading a segment again, but is wrong where
+its features differ by many orders of magnitude: what is left of a large sum is its rounding.
 
 Bytes per token and head, 16-bit inputs, D = Dv = d, states (4 d^2 each) apart: forward 8d with one
 program a head; 12d where segments are shared out, since their sums read k and v once more.
-Backward: 10d and 12d, and q and do once more (4d) by the program that has just read them.
+Backward 14d with one program a head, and its segment's q, k, v and do once more (8d) right after;
+where segments are shared out 10d and 12d, and q and do once more (4d). bench/traffic.py counts.
+
+The loop over a group's query heads has constant bounds, so that one head leaves no loop: only
+innermost loops are pipelined.
 """
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from fastattn.backends.triton.launch import kernel
@@ -35,13 +41,10 @@ from fastattn.backends.triton.states import (
     load_state,
     store_state,
 )
+from fastattn.backends.triton.sweeps import sweep_forward, sweep_reverse
 from fastattn.backends.triton.tiles import (
     at,
-    chain_keys,
-    chain_queries,
-    denominator_slope,
     inverse_denominator,
-    inverse_denominator_of_gradient,
     keys_kept,
     load_tile,
     lower,
@@ -51,7 +54,6 @@ from fastattn.backends.triton.tiles import (
     phi_of_keys,
     phi_of_queries,
     store_tile,
-    sum_over_value_tiles,
 )
 
 # --- forward ----------------------------------------------------------------------------------
@@ -111,7 +113,8 @@ def forward(
             phi_k, _ = phi_of_keys(k, features, keep, L_z, D, BLOCK_F, MAP)
             keys = tl.trans(operand(phi_k, OPERAND))
             state = operand(P + L, OPERAND)
-            for h in range(head * GROUP, head * GROUP + GROUP):
+            for member in range(GROUP):
+                h = head * GROUP + member
                 query_row = at(query, batch, h, first + t, query_b, query_h, query_n, UNIT)
                 q = load_tile(
                     query_row, rows, features, in_range, query_n, query_d, D, BLOCK_F, UNIT
@@ -137,148 +140,67 @@ def forward(
 # --- backward ---------------------------------------------------------------------------------
 
 
-@triton.jit
-def sweep_forward(
-    query, key, value, mask, grad_out, grad_query, sums, factors, S, z,
-    batch, head, first, begin, end, length, num_heads, values, value_tile, scale, eps,
-    query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
-    value_b, value_h, value_n, value_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
-    grad_query_b, grad_query_h, grad_query_n, grad_query_d, mask_b, mask_n,
+@kernel
+def backward(
+    query, key, value, mask, grad_out, grad_query, grad_key, grad_value, factors, cu,
+    S, z, dS, dz, start_S, start_z, end_S, end_z,
+    query_b: tl.int64, query_h: tl.int64, query_n: tl.int64, query_d: tl.int64,
+    key_b: tl.int64, key_h: tl.int64, key_n: tl.int64, key_d: tl.int64,
+    value_b: tl.int64, value_h: tl.int64, value_n: tl.int64, value_d: tl.int64,
+    grad_out_b: tl.int64, grad_out_h: tl.int64, grad_out_n: tl.int64, grad_out_d: tl.int64,
+    grad_query_b: tl.int64, grad_query_h: tl.int64, grad_query_n: tl.int64, grad_query_d: tl.int64,
+    grad_key_b: tl.int64, grad_key_h: tl.int64, grad_key_n: tl.int64, grad_key_d: tl.int64,
+    grad_value_b: tl.int64, grad_value_h: tl.int64, grad_value_n: tl.int64, grad_value_d: tl.int64,
+    mask_b: tl.int64, mask_n: tl.int64,
+    length: tl.int32, num_heads: tl.int32, num_kv_heads: tl.int32, rows_of_sequence: tl.int32,
+    scale: tl.float32, eps: tl.float32,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, MAP: tl.constexpr,
-    NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, VALUE_TILES: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, UNIT: tl.constexpr, SEGMENT: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a segment that begins with the state (S, z), and the factors of its rows: what do has
-    to be multiplied with to give g, and delta."""
-    rows, features = tl.arange(0, CHUNK), tl.arange(0, BLOCK_F)
-    ones = lower(tl.full((CHUNK, CHUNK), 1.0, tl.float32), CHUNK)
-    for t in range(begin, end, CHUNK):
-        in_range = rows < end - t
-        keep = keys_kept(mask, batch, first + t, rows, in_range, mask_b, mask_n, HAS_MASK)
-        key_row = at(key, batch, head, first + t, key_b, key_h, key_n, UNIT)
-        value_row = at(value, batch, head, first + t, value_b, value_h, value_n, UNIT)
-        k = load_tile(key_row, rows, features, keep, key_n, key_d, D, BLOCK_F, UNIT)
-        v = load_tile(value_row, rows, values, keep, value_n, value_d, DV, BLOCK_V, UNIT)
-        phi_k, _ = phi_of_keys(k, features, keep, z, D, BLOCK_F, MAP)
-        keys = operand(phi_k, OPERAND)
-        for h in range(head * GROUP, head * GROUP + GROUP):
-            query_row = at(query, batch, h, first + t, query_b, query_h, query_n, UNIT)
-            out_row = at(grad_out, batch, h, first + t, grad_out_b, grad_out_h, grad_out_n, UNIT)
-            q = load_tile(query_row, rows, features, in_range, query_n, query_d, D, BLOCK_F, UNIT)
-            g = load_tile(
-                out_row, rows, values, in_range, grad_out_n, grad_out_d, DV, BLOCK_V, UNIT
-            ).to(tl.float32)
-            phi_q, norm = phi_of_queries(q, features, scale, D, BLOCK_F, MAP, NORMALIZE)
-            if NORMALIZE:
-                A = lower(matmul(operand(phi_q, OPERAND), tl.trans(keys), PRECISION), CHUNK)
-                den = tl.sum(A, 1) + tl.sum(phi_q * z[None, :], 1)
-                inverse = inverse_denominator_of_gradient(den, eps)
-                g *= inverse[:, None]
-            g_operand = operand(g, OPERAND)
-            dA = lower(matmul(g_operand, tl.trans(operand(v, OPERAND)), PRECISION), CHUNK)
-            dphi = matmul(g_operand, tl.trans(operand(S, OPERAND)), PRECISION)
-            dphi = matmul_add(operand(dA, OPERAND), keys, dphi, PRECISION)
-            if NORMALIZE:
-                delta = -tl.sum(phi_q * dphi, 1) * denominator_slope(den, eps)
-                z_here = z[None, :] + matmul(operand(ones, OPERAND), keys, PRECISION)
-                dphi += delta[:, None] * z_here
-                row = (tl.cast(batch, tl.int64) * num_heads + h) * length + first + t
-                tl.store(factors + 2 * (row + rows), inverse, mask=in_range)
-                tl.store(factors + 2 * (row + rows) + 1, delta, mask=in_range)
-            dq = chain_queries(phi_q, norm, dphi, features, scale, D, MAP, NORMALIZE)
-            dq, complete = sum_over_value_tiles(
-                sums, dq, batch, h, num_heads, first + t, length, rows, features, in_range,
-                value_tile, VALUE_TILES, D, BLOCK_F,
-            )  # fmt: skip
-            dq_row = at(
-                grad_query, batch, h, first + t, grad_query_b, grad_query_h, grad_query_n, UNIT
-            )
-            store_tile(
-                dq_row, dq, rows, features, complete, grad_query_n, grad_query_d, D, BLOCK_F, UNIT
-            )
-        S, z = add_key(S, z, phi_k, v, OPERAND, PRECISION)
-
-
-@triton.jit
-def sweep_reverse(
-    query, key, value, mask, grad_out, grad_key, grad_value, sums, factors, T, T_z,
-    batch, head, first, begin, end, length, num_heads, num_kv_heads, values, value_tile, scale,
-    query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
-    value_b, value_h, value_n, value_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
-    grad_key_b, grad_key_h, grad_key_n, grad_key_d,
-    grad_value_b, grad_value_h, grad_value_n, grad_value_d, mask_b, mask_n,
-    WRITE: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, MAP: tl.constexpr,
-    NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, VALUE_TILES: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The segment's own sums of phi(q) g^T and delta phi(q), last chunk first. With WRITE dk and dv
-    as well, given the sums T of all later segments."""
-    rows, features = tl.arange(0, CHUNK), tl.arange(0, BLOCK_F)
-    L = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-    L_z = tl.zeros((BLOCK_F,), tl.float32)
-    later = operand(T, OPERAND)
-    chunks = tl.cdiv(end - begin, CHUNK)
-    for c in range(chunks):
-        t = begin + (chunks - 1 - c) * CHUNK
-        in_range = rows < end - t
-        if WRITE:
-            keep = keys_kept(mask, batch, first + t, rows, in_range, mask_b, mask_n, HAS_MASK)
-            key_row = at(key, batch, head, first + t, key_b, key_h, key_n, UNIT)
-            value_row = at(value, batch, head, first + t, value_b, value_h, value_n, UNIT)
-            k = load_tile(key_row, rows, features, keep, key_n, key_d, D, BLOCK_F, UNIT)
-            v = load_tile(value_row, rows, values, keep, value_n, value_d, DV, BLOCK_V, UNIT)
-            phi_k, norm = phi_of_keys(k, features, keep, T_z, D, BLOCK_F, MAP)
-            keys, v = operand(phi_k, OPERAND), operand(v, OPERAND)
-            own = operand(L, OPERAND)
-            dphi = matmul(v, tl.trans(later), PRECISION) + (T_z + L_z)[None, :]
-            dphi = matmul_add(v, tl.trans(own), dphi, PRECISION)
-            dv = matmul_add(keys, own, matmul(keys, later, PRECISION), PRECISION)
-        for h in range(head * GROUP, head * GROUP + GROUP):
-            query_row = at(query, batch, h, first + t, query_b, query_h, query_n, UNIT)
-            out_row = at(grad_out, batch, h, first + t, grad_out_b, grad_out_h, grad_out_n, UNIT)
-            q = load_tile(query_row, rows, features, in_range, query_n, query_d, D, BLOCK_F, UNIT)
-            g = load_tile(
-                out_row, rows, values, in_range, grad_out_n, grad_out_d, DV, BLOCK_V, UNIT
-            ).to(tl.float32)
-            phi_q, _ = phi_of_queries(q, features, scale, D, BLOCK_F, MAP, NORMALIZE)
-            queries = operand(phi_q, OPERAND)
-            if NORMALIZE:
-                row = (tl.cast(batch, tl.int64) * num_heads + h) * length + first + t
-                inverse = tl.load(factors + 2 * (row + rows), mask=in_range, other=0.0)
-                delta = tl.load(factors + 2 * (row + rows) + 1, mask=in_range, other=0.0)
-                g *= inverse[:, None]
-                L_z += tl.sum(delta[:, None] * phi_q, 0)
-            g = operand(g, OPERAND)
-            if WRITE:
-                A = lower(matmul(queries, tl.trans(keys), PRECISION), CHUNK)
-                dv = matmul_add(tl.trans(operand(A, OPERAND)), g, dv, PRECISION)
-                dA = matmul(g, tl.trans(v), PRECISION)
-                if NORMALIZE:
-                    dA += delta[:, None]
-                dA = tl.trans(operand(lower(dA, CHUNK), OPERAND))
-                dphi = matmul_add(dA, queries, dphi, PRECISION)
-            L = matmul_add(tl.trans(queries), g, L, PRECISION)
-        if WRITE:
-            dk = chain_keys(phi_k, norm, dphi, features, keep, T_z, D, MAP)
-            dv_row = at(
-                grad_value, batch, head, first + t, grad_value_b, grad_value_h, grad_value_n, UNIT
-            )
-            dv = tl.where(keep[:, None], dv, 0.0)
-            store_tile(
-                dv_row, dv, rows, values, in_range, grad_value_n, grad_value_d, DV, BLOCK_V, UNIT
-            )
-            dk, complete = sum_over_value_tiles(
-                sums, dk, batch, head, num_kv_heads, first + t, length, rows, features, in_range,
-                value_tile, VALUE_TILES, D, BLOCK_F,
-            )  # fmt: skip
-            dk_row = at(grad_key, batch, head, first + t, grad_key_b, grad_key_h, grad_key_n, UNIT)
-            store_tile(
-                dk_row, dk, rows, features, complete, grad_key_n, grad_key_d, D, BLOCK_F, UNIT
-            )
-    return L, L_z
+    """Both passes in one launch: one kv head of one sequence a program, its last segment first,
+    with the sums T of all later ones at hand."""
+    sequence, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
+    features, values = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_V)
+    batch, first, tokens = tokens_of(sequence, cu, length, PACKED)
+    segments = tl.cdiv(tokens, SEGMENT)
+    row = first_row(sequence, cu, rows_of_sequence, SEGMENT, PACKED)
+    state = sequence * num_kv_heads + head
+    T, T_z = load_state(start_S, start_z, state, features, values, HAS_START, D, DV, MAP)
+    for i in range(segments):
+        segment = segments - 1 - i
+        begin = segment * SEGMENT
+        end = tl.minimum(tokens, begin + SEGMENT)
+        own = (row + segment) * num_kv_heads + head
+        store_state(dS, dz, T, T_z, own, features, values, True, D, DV, MAP)
+        S_tile, z_tile = load_state(S, z, own, features, values, True, D, DV, MAP)
+        sweep_forward(
+            query, key, value, mask, grad_out, grad_query, grad_query, factors, S_tile, z_tile,
+            batch, head, first, begin, end, length, num_heads, values, 0, scale, eps,
+            query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
+            value_b, value_h, value_n, value_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
+            grad_query_b, grad_query_h, grad_query_n, grad_query_d, mask_b, mask_n,
+            D, DV, GROUP, MAP, NORMALIZE, HAS_MASK, UNIT, CHUNK, BLOCK_F, BLOCK_V, 1,
+            OPERAND, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()  # row factors and T come from other threads
+        T, T_z = load_state(dS, dz, own, features, values, True, D, DV, MAP)
+        L, L_z = sweep_reverse(
+            query, key, value, mask, grad_out, grad_key, grad_value, grad_key, factors, T, T_z,
+            batch, head, first, begin, end, length, num_heads, num_kv_heads, values, 0, scale,
+            query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
+            value_b, value_h, value_n, value_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
+            grad_key_b, grad_key_h, grad_key_n, grad_key_d,
+            grad_value_b, grad_value_h, grad_value_n, grad_value_d, mask_b, mask_n,
+            True, D, DV, GROUP, MAP, NORMALIZE, HAS_MASK, UNIT, CHUNK, BLOCK_F, BLOCK_V, 1,
+            OPERAND, PRECISION,
+        )  # fmt: skip
+        T, T_z = load_state(dS, dz, own, features, values, True, D, DV, MAP)
+        T, T_z = T + L, T_z + L_z
+    if HAS_INITIAL:
+        store_state(end_S, end_z, T, T_z, state, features, values, True, D, DV, MAP)
 
 
 @kernel

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+WARP_SIZE = 64 if torch.version.hip else 32
 ALIGNMENT = 16  # bytes; what Triton assumes of a pointer if the first one it sees has it
 
 
@@ -58,7 +60,14 @@ class Step:
             None if name in fixed else self.renamed.get(name, name)
             for name in self.kernel.arg_names
         ]
-        self.options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+
+    def options(self, warp_size: int) -> dict[str, int]:
+        """The table counts warps of 32 threads; AMD's have 64, and half as many share as many
+        registers. Nor are loops pipelined there: Triton 3.7 fails to compile the causal forward if
+        they are."""
+        if warp_size == 32:
+            return {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+        return {"num_warps": max(1, self.tile.num_warps * 32 // warp_size), "num_stages": 1}
 
     def launch(self, arguments: dict[str, Any], device: int, aligned: bool) -> None:
         """Starts the kernel on the current stream. ``aligned``: every pointer is."""
@@ -71,8 +80,8 @@ class Step:
         if INTERPRETED:
             self.kernel[self.grid](*values)
         elif not aligned:
-            self.kernel[self.grid](*values, **self.options)
+            self.kernel[self.grid](*values, **self.options(WARP_SIZE))
         elif device in self.compiled:
             self.compiled[device][self.grid](*values)
         else:
-            self.compiled[device] = self.kernel[self.grid](*values, **self.options)
+            self.compiled[device] = self.kernel[self.grid](*values, **self.options(WARP_SIZE))

@@ -356,14 +356,29 @@ def _full_backward(p: Problem, target: Target, has_grad_state: bool) -> Plan:
 
 
 def _causal_backward(p: Problem, target: Target, has_grad_state: bool) -> Plan:
-    planner = Planner("causal backward, shared-out segments", p, "causal backward", target)
+    sizes = Sizes(p, "causal backward")
+    whole = sizes.value_tiles == 1 and not sizes.shares_out(p.key_length, target.multiprocessors)
+    name = "one launch" if whole else "shared-out segments"
+    planner = Planner(f"causal backward, {name}", p, "causal backward", target)
     s = planner.sizes
     saved = {"S": "saved_S", "z": "saved_z"}
     factors = 2 * p.batch * p.num_heads * p.query_length if p.normalize else 0
-    _add_sums(planner)
     programs = s.all_rows(p.key_length) * p.num_kv_heads
     parts = {"dS": "parts_S", "dz": "parts_z"}
     planner.workspace_states("parts_S", "parts_z", programs)
+    if whole:
+        planner.workspace("factors", factors)
+        planner.step(
+            causal.backward,
+            (s.states,),
+            saved
+            | parts
+            | {"start_S": "grad_S", "start_z": "grad_z"}
+            | {"end_S": "grad_initial_S", "end_z": "grad_initial_z"},
+            HAS_START=has_grad_state,
+        )
+        return planner.plan
+    _add_sums(planner)
     for value_tile in range(s.value_tiles):
         planner.workspace(f"factors_{value_tile}", factors)
         planner.step(

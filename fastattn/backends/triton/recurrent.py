@@ -68,7 +68,8 @@ def recurrent(
             phi_k, _ = phi_of_keys(k, features, keep, z, D, BLOCK_F, MAP)
             S += tl.trans(phi_k) * v.to(tl.float32)
             z += tl.sum(phi_k, 0)
-            for h in range(head * GROUP, head * GROUP + GROUP):
+            for member in range(GROUP):
+                h = head * GROUP + member
                 query_row = at(query, batch, h, first + t, query_b, query_h, query_n, UNIT)
                 q = load_tile(query_row, one, features, present, query_n, query_d, D, BLOCK_F, UNIT)
                 phi_q, _ = phi_of_queries(q, features, scale, D, BLOCK_F, MAP, NORMALIZE)

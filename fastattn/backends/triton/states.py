@@ -49,6 +49,19 @@ def num_features(D: tl.constexpr, MAP: tl.constexpr):
 
 
 @triton.jit
+def _real(features, values, present, F: tl.constexpr, DV: tl.constexpr):
+    """Which elements of a state's tiles there are: no comparison where a tile has its size."""
+    if features.shape[0] != F:
+        real = (features < F) & present
+    else:
+        real = (features >= 0) & present
+    both = real[:, None]
+    if values.shape[0] != DV:
+        both = both & (values < DV)[None, :]
+    return real, both
+
+
+@triton.jit
 def load_state(
     S, z, head, features, values, present,
     D: tl.constexpr, DV: tl.constexpr, MAP: tl.constexpr,
@@ -58,9 +71,9 @@ def load_state(
     F = num_features(D, MAP)
     row = state_row(features, D, MAP)
     head = tl.cast(head, tl.int64)
-    real = (features < F) & present
-    offsets = head * (F * DV) + row[:, None] * DV + values[None, :]
-    S_tile = tl.load(S + offsets, mask=real[:, None] & (values < DV)[None, :], other=0.0)
+    real, both = _real(features, values, present, F, DV)
+    offsets = row[:, None] * DV + values[None, :]
+    S_tile = tl.load(S + head * (F * DV) + offsets, mask=both, other=0.0)
     return S_tile, tl.load(z + head * F + row, mask=real, other=0.0)
 
 
@@ -73,9 +86,9 @@ def store_state(
     F = num_features(D, MAP)
     row = state_row(features, D, MAP)
     head = tl.cast(head, tl.int64)
-    real = features < F
-    offsets = head * (F * DV) + row[:, None] * DV + values[None, :]
-    tl.store(S + offsets, S_tile, mask=real[:, None] & (values < DV)[None, :])
+    real, both = _real(features, values, True, F, DV)
+    offsets = row[:, None] * DV + values[None, :]
+    tl.store(S + head * (F * DV) + offsets, S_tile, mask=both)
     tl.store(z + head * F + row, z_tile, mask=real & stores_z)
 
 

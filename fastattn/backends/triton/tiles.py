@@ -38,6 +38,8 @@ def at(pointer, batch, head, token, stride_b, stride_h, stride_n, UNIT: tl.const
         tl.cast(head, tl.int64),
         tl.cast(token, tl.int64),
     )
+    if UNIT > 0:  # it fits; a product of two numbers of 32 bits is one instruction
+        stride_n = tl.cast(tl.cast(stride_n, tl.int32), tl.int64)
     offset = batch * stride_b + head * stride_h + token * stride_n
     if UNIT > 1:
         offset = offset * UNIT
@@ -66,12 +68,13 @@ def within(keep, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def convert(tile, TYPE: tl.constexpr):
-    """To another type, to the nearest number: Triton's interpreter cuts bfloat16 off instead."""
+    """To another type, to the nearest number: Triton's interpreter cuts bfloat16 off instead, and
+    makes something else of numbers below the least normal one, so bits to be cut off are zeros."""
     if INTERPRETED and TYPE == tl.bfloat16:  # noqa: SIM300
         wide = tile.to(tl.float32)
         bits = wide.to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        tile = tl.where(wide == wide, nearest, wide)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        tile = tl.where(wide == wide, nearest.to(tl.float32, bitcast=True), wide)
     return tile.to(TYPE)
 
 
@@ -142,6 +145,18 @@ def matmul(a, b, PRECISION: tl.constexpr):
 @triton.jit
 def matmul_add(a, b, c, PRECISION: tl.constexpr):
     return tl.dot(a, b, c, input_precision=PRECISION)
+
+
+@triton.jit
+def flipped_matmul(a, b, PRECISION: tl.constexpr):
+    """a b for a few tokens a, computed as (b^T a^T)^T. The rows of the first operand are what is
+    shared out between warps: b, a state that stays for many tokens, would be whole in each."""
+    return tl.trans(tl.dot(tl.trans(b), tl.trans(a), input_precision=PRECISION))
+
+
+@triton.jit
+def flipped_matmul_add(a, b, c, PRECISION: tl.constexpr):
+    return tl.trans(tl.dot(tl.trans(b), tl.trans(a), tl.trans(c), input_precision=PRECISION))
 
 
 @triton.jit
