@@ -44,12 +44,13 @@ from fastattn.backends.triton.states import (
 from fastattn.backends.triton.sweeps import sweep_forward, sweep_reverse
 from fastattn.backends.triton.tiles import (
     at,
+    flipped_matmul,
+    flipped_matmul_add,
     inverse_denominator,
     keys_kept,
     load_tile,
     lower,
     matmul,
-    matmul_add,
     operand,
     phi_of_keys,
     phi_of_queries,
@@ -103,7 +104,7 @@ def forward(
             )
         L = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
         L_z = tl.zeros((BLOCK_F,), tl.float32)
-        for t in range(begin, end, CHUNK):
+        for t in tl.range(begin, end, CHUNK, disable_licm=True):
             in_range = rows < end - t
             keep = keys_kept(mask, batch, first + t, rows, in_range, mask_b, mask_n, HAS_MASK)
             key_row = at(key, batch, head, first + t, key_b, key_h, key_n, UNIT)
@@ -122,8 +123,8 @@ def forward(
                 phi_q, _ = phi_of_queries(q, features, scale, D, BLOCK_F, MAP, NORMALIZE)
                 queries = operand(phi_q, OPERAND)
                 A = lower(matmul(queries, keys, PRECISION), CHUNK)
-                o = matmul(queries, state, PRECISION)
-                o = matmul_add(operand(A, OPERAND), operand(v, OPERAND), o, PRECISION)
+                o = flipped_matmul(queries, state, PRECISION)
+                o = flipped_matmul_add(operand(A, OPERAND), operand(v, OPERAND), o, PRECISION)
                 if NORMALIZE:
                     den = tl.sum(A, 1) + tl.sum(phi_q * (P_z + L_z)[None, :], 1)
                     o *= inverse_denominator(den, eps)[:, None]

@@ -35,6 +35,7 @@ from fastattn.backends.triton.tiles import (
     chain_keys,
     chain_queries,
     denominator_slope,
+    flipped_matmul,
     inverse_denominator,
     inverse_denominator_of_gradient,
     inverse_or_zero,
@@ -184,22 +185,21 @@ def backward_of_queries(
         query_row = at(query, batch, head, first + t, query_b, query_h, query_n, UNIT)
         out_row = at(grad_out, batch, head, first + t, grad_out_b, grad_out_h, grad_out_n, UNIT)
         q = load_tile(query_row, rows, features, keep, query_n, query_d, D, BLOCK_F, UNIT)
-        g = load_tile(out_row, rows, values, keep, grad_out_n, grad_out_d, DV, BLOCK_V, UNIT)
-        g = g.to(tl.float32)
+        do = load_tile(out_row, rows, values, keep, grad_out_n, grad_out_d, DV, BLOCK_V, UNIT)
+        do = operand(do, OPERAND)
         phi_q, norm = phi_of_queries(q, features, scale, D, BLOCK_F, MAP, NORMALIZE)
+        dphi = flipped_matmul(do, S_transposed, PRECISION)
+        scaled = phi_q
         if NORMALIZE and MAP != "efficient":
             den = tl.sum(phi_q * z[None, :], 1)
-            g *= inverse_denominator_of_gradient(den, eps)[:, None]
-            g_operand = operand(g, OPERAND)
-            dphi = matmul(g_operand, S_transposed, PRECISION)
+            inverse = inverse_denominator_of_gradient(den, eps)[:, None]
+            dphi *= inverse
+            scaled *= inverse
             delta = -tl.sum(phi_q * dphi, 1) * denominator_slope(den, eps)
             delta = tl.where(keep, delta, 0.0)
             dphi += delta[:, None] * z[None, :]
             dz += tl.sum(delta[:, None] * phi_q, 0)
-        else:
-            g_operand = operand(g, OPERAND)
-            dphi = matmul(g_operand, S_transposed, PRECISION)
-        dS = matmul_add(tl.trans(operand(phi_q, OPERAND)), g_operand, dS, PRECISION)
+        dS = matmul_add(tl.trans(operand(scaled, OPERAND)), do, dS, PRECISION)
         dq = chain_queries(phi_q, norm, dphi, features, scale, D, MAP, NORMALIZE)
         dq, keep = sum_over_value_tiles(
             sums, dq, batch, head, num_heads, first + t, query_length, rows, features, keep,
@@ -237,8 +237,8 @@ def backward_of_keys(
         phi_k, norm = phi_of_keys(k, features, keep, maximum, D, BLOCK_F, MAP)
         if MAP == "efficient":
             phi_k *= inverse_sum[None, :]
-        dphi = matmul(operand(v, OPERAND), right_transposed, PRECISION) + dz[None, :]
-        dv = matmul(operand(phi_k, OPERAND), right, PRECISION)
+        dphi = flipped_matmul(operand(v, OPERAND), right_transposed, PRECISION) + dz[None, :]
+        dv = flipped_matmul(operand(phi_k, OPERAND), right, PRECISION)
         dk = chain_keys(phi_k, norm, dphi, features, keep, column_sum, D, MAP)
         dv_row = at(
             grad_value, batch, head, first + t, grad_value_b, grad_value_h, grad_value_n, UNIT
