@@ -7,11 +7,12 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from bench import cases, floors, limits, machine, memory, peers, plots, report, runner
+from bench import cases, floors, gpu, limits, machine, memory, peers, plots, report, runner
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,7 +24,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     parser.add_argument("--backend", default="auto", help="fastattn's backend [default: auto]")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="cuda: any GPU that torch calls so"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=300, metavar="SECONDS",
+        help="of the grid on a GPU; what does not fit is left out [default: 300]",
+    )  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument(
@@ -32,19 +39,28 @@ def arguments() -> argparse.Namespace:
         help="folder for DEVICE.json and DEVICE.png [default: bench/results, which README and docs "
         "are written from; with --quick or --only out/bench]",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device == "cuda" and not args.list and not torch.cuda.is_available():
+        parser.error(
+            "--device cuda needs a GPU that PyTorch can use: torch.cuda.is_available() is False "
+            f"(torch {torch.__version__})"
+        )
+    return args
 
 
 def main() -> int:
     args = arguments()
     console = Console(width=None if sys.stdout.isatty() else 150)
-    selected = [c for c in (cases.quick if args.quick else cases.full)() if args.only in c.name]
+    grid: Any = gpu if args.device == "cuda" else cases
+    selected = [c for c in (grid.quick if args.quick else grid.full)() if args.only in c.name]
     if not selected:
         sys.exit(f"no case has {args.only!r} in its name; see --list")
     if args.list:
         for case in selected:
             console.print(case.name, highlight=False)
         return 0
+    if args.device == "cuda":
+        return on_gpu(args, selected, console)
     torch.set_num_threads(args.threads)
     kept = machine.keep_freed_memory()
     settings = peers.Settings(torch.device(args.device), args.backend, not args.no_compile)
@@ -73,15 +89,42 @@ def main() -> int:
     }
     result["floors"] = floors.check(result)
     report.print_report(result, console)
-    partial = args.quick or args.only
-    folder = args.output or (ROOT / "out" / "bench" if partial else ROOT / "bench" / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{args.device}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = write(args, result)
     plots.draw(result, path.with_suffix(".png"))
     console.print(f"wrote {path} and {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
     ours = [case["contestants"][peers.OURS]["status"] for case in measured]
     return 0 if all(status == "timed" for status in ours) else 1
+
+
+def on_gpu(args: argparse.Namespace, selected: list[cases.Case], console: Console) -> int:
+    """The grid of bench.gpu; the short table comes last."""
+    meter = gpu.Meter(torch.device(args.device))
+    settings = peers.Settings(meter.device, compile=not args.no_compile)
+    contest = gpu.Contest(meter, settings, meter.copy_bandwidth())
+    copy = contest.bandwidth * 1e-9
+    console.print(f"{meter.name}, copies {copy:.0f} GB/s, torch {torch.__version__}")
+    measured = gpu.run_grid(selected, contest, args.budget, console)
+    result = {
+        "machine": {**machine.describe(args.threads), "gpu": meter.name},
+        "copy_gbs": copy,
+        "settings": {"quick": args.quick, "budget": args.budget},
+        "cases": measured,
+    }
+    path = write(args, result)
+    console.print(gpu.summary(measured))
+    console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    found = [case["contestants"] for case in measured]
+    return 0 if all(contestants["triton"]["status"] == "timed" for contestants in found) else 1
+
+
+def write(args: argparse.Namespace, result: dict[str, Any]) -> Path:
+    """The JSON of a run."""
+    partial = args.quick or args.only
+    folder = args.output or (ROOT / "out" / "bench" if partial else ROOT / "bench" / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    path: Path = folder / f"{args.device}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
 
 
 if __name__ == "__main__":

@@ -1,217 +1,295 @@
-"""``python -m bench.gpu``: the CUDA and Triton kernels beside PyTorch, on a GPU.
+"""``python -m bench --device cuda``: the grid on a GPU, timed eagerly and as a CUDA graph.
 
-Eager times include what Python and the launches cost; graph times are the kernels alone, and the
-share of the copy bandwidth is theirs. Every contestant's output is compared with float64 first. On
-a machine without a GPU ``--device cpu`` runs the same code on the CPU kernels, as a test of it.
+Eager times include what Python and the launches cost; graph times are the kernels alone, and
+achieved GB/s are theirs: the bytes that the case can't avoid over the time, also as a share of what
+a copy reaches. First the whole result of the first batch element is compared with float64 (softmax:
+of its first tokens); what is wrong is not timed. A grid ends on time: cases that ``budget`` seconds
+leave no room for are named, and left out.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from rich.console import Console
+from rich.table import Table
 
-import fastattn
-from bench import plain
+from bench import gpu_peers, truth
 from bench.cases import FORWARD, STEP, TRAIN, Case, Inputs, make_inputs
+from bench.peers import Peer, Settings, runner_of, step_runner_of
+from bench.report import duration, times
 
-ROOT = Path(__file__).resolve().parent.parent
-CHECKED_TOKENS = 4096  # float64 on longer inputs would not fit
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-Run = Callable[[], Tensor]
+Run = Callable[[], tuple[torch.Tensor, ...]]
+SOFTMAX_FLOPS = 300e12  # no softmax kernel is tried that would take more than a second at this rate
+TIMED_SECONDS = 0.1
+GRAPH_CALLS = 10
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    """Where CUDA should win (launch-bound), and where bandwidth decides."""
-    for batch in (1, 32) if quick else (1, 8, 32, 64, 256):
+def full() -> Iterator[Case]:
+    """Where launches decide, where bandwidth does, and where softmax is overtaken."""
+    for batch in (1, 8, 32, 64, 128, 256):
         yield Case("decode", batch, 1, STEP, True, "bfloat16")
-    for length in (128,) if quick else (64, 128, 256, 512):
+    for length in (64, 128, 256, 512):
         for pass_ in (FORWARD, TRAIN):
-            yield Case("bert", 4 if quick else 32, length, pass_, dtype="bfloat16")
-    for length in (1024,) if quick else (4096, 16384, 65536, 131072):
-        for head_dim in (64,) if quick else (64, 128):
+            yield Case("bert", 32, length, pass_, False, "bfloat16")
+    for length in (1024, 2048, 4096):
+        yield Case("crossover", 8, length, FORWARD, False, "bfloat16")
+        yield Case("crossover", 8, length, FORWARD, True, "bfloat16")
+    for causal in (False, True):
+        for head_dim in (64, 128):
             for pass_ in (FORWARD, TRAIN):
-                yield Case("long", 1, length, pass_, True, "bfloat16", 12, head_dim)
+                yield Case("full", 8, 8192, pass_, causal, "bfloat16", 16, head_dim)
+                for length in (4096, 16384, 65536):
+                    yield Case("long", 1, length, pass_, causal, "bfloat16", 12, head_dim)
+    for pass_ in (FORWARD, TRAIN):
+        yield Case("long", 1, 131072, pass_, True, "bfloat16")
+        yield Case("long", 1, 16384, pass_, True, "float32")
 
 
-def contestants(case: Case, inputs: Inputs, device: torch.device) -> Iterator[tuple[str, Run]]:
-    query, key, value = inputs.query, inputs.key, inputs.value
-    for backend in ("cuda", "triton") if device.type == "cuda" else ("cpu",):
-        if case.pass_ == STEP:
-            assert inputs.S is not None
-            assert inputs.z is not None
-            state = fastattn.LinearAttentionState(inputs.S.clone(), inputs.z.clone())
-            yield backend, _step(backend, inputs, state)
-        else:
-            yield backend, _attend(case, inputs, _linear(backend, case.causal))
-    if case.pass_ == STEP:
-        assert inputs.S is not None
-        assert inputs.z is not None
-        S, z = inputs.S.clone(), inputs.z.clone()
-        yield "plain", lambda: plain.step(query, key, value, S, z)
-        return
-    yield "plain", _attend(case, inputs, _plain(case.causal))
-    if case.length <= 32768:
-
-        def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal)
-
-        yield "sdpa", _attend(case, inputs, sdpa)
+def quick() -> Iterator[Case]:
+    """One case of every kind, small."""
+    yield Case("decode", 1, 1, STEP, True, "bfloat16")
+    for pass_ in (FORWARD, TRAIN):
+        yield Case("bert", 4, 128, pass_, False, "bfloat16")
+        yield Case("long", 1, 1024, pass_, True, "bfloat16")
 
 
-def _step(backend: str, inputs: Inputs, state: fastattn.LinearAttentionState) -> Run:
-    def run() -> Tensor:
-        return fastattn.linear_attention_step(
-            inputs.query, inputs.key, inputs.value, state, backend=backend
-        )
+class Meter:
+    """Takes the times of one device. On the CPU, which only tests of this module use, there are no
+    graphs and no peaks."""
 
-    return run
+    def __init__(self, device: torch.device, timed_seconds: float = TIMED_SECONDS) -> None:
+        self.device = device
+        self.timed_seconds = timed_seconds
+        self.is_gpu = device.type == "cuda"
 
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.is_gpu else "CPU"
 
-def _linear(backend: str, causal: bool) -> Callable[..., Tensor]:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = fastattn.linear_attention(q, k, v, is_causal=causal, backend=backend)
-        return out
+    def synchronize(self) -> None:
+        if self.is_gpu:
+            torch.cuda.synchronize(self.device)
 
-    return attend
-
-
-def _plain(causal: bool) -> Callable[..., Tensor]:
-    return (lambda q, k, v: plain.causal(q, k, v, 64)) if causal else plain.noncausal
-
-
-def _attend(case: Case, inputs: Inputs, attend: Callable[..., Tensor]) -> Run:
-    if case.pass_ != TRAIN:
-        return lambda: attend(inputs.query, inputs.key, inputs.value)
-    leaves = inputs.leaves()
-
-    def run() -> Tensor:
-        out = attend(*leaves)
-        torch.autograd.grad(out, leaves, inputs.grad_out)
-        return out.detach()
-
-    return run
-
-
-def error_of(case: Case, inputs: Inputs, out: Tensor) -> float | None:
-    """Relative to float64; None where that does not fit. Steps start from a state of the case."""
-    if case.length > CHECKED_TOKENS:
-        return None
-    q, k, v = (x[:1].double() for x in (inputs.query, inputs.key, inputs.value))
-    if case.pass_ == STEP:  # which plain.step computes in float32
-        assert inputs.S is not None
-        assert inputs.z is not None
-        right = plain.step(q, k, v, inputs.S[:1].clone(), inputs.z[:1].clone())
-    else:
-        right = _plain(case.causal)(q, k, v)
-    return float((out[:1].double() - right).norm() / right.norm())
-
-
-def seconds(run: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
-    """Median of several batches of calls, back to back as in a model."""
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    calls = max(1, min(200, int(budget / 10 / max(time.perf_counter() - start, 1e-6))))
-    times = []
-    for _ in range(7):
+    def eager(self, run: Callable[[], object]) -> float:
+        """Seconds a call, median of several batches of calls back to back, as in a model."""
+        run()
+        self.synchronize()
         start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        synchronize(device)
-        times.append((time.perf_counter() - start) / calls)
-    return sorted(times)[len(times) // 2]
+        run()
+        self.synchronize()
+        once = max(time.perf_counter() - start, 1e-6)
+        calls = max(1, min(200, int(self.timed_seconds / 7 / once)))
+        samples = []
+        for _ in range(7):
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            self.synchronize()
+            samples.append((time.perf_counter() - start) / calls)
+        return sorted(samples)[len(samples) // 2]
+
+    def graph(self, run: Callable[[], object]) -> float | None:
+        """The same, replayed as one CUDA graph: no host time."""
+        if not self.is_gpu:
+            return None
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        with torch.cuda.graph(graph):
+            for _ in range(GRAPH_CALLS):
+                run()
+        return self.eager(graph.replay) / GRAPH_CALLS
+
+    def peak(self, run: Callable[[], object]) -> int | None:
+        """Bytes that a call allocates at most, beyond what is there before."""
+        if not self.is_gpu:
+            return None
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        run()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def copy_bandwidth(self) -> float:
+        """Bytes read plus bytes written per second by a large copy."""
+        source = torch.empty(2**30 if self.is_gpu else 2**25, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * source.numel() / self.eager(lambda: target.copy_(source))
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+@dataclass(frozen=True)
+class Contest:
+    """What all cases of a run share."""
+
+    meter: Meter
+    settings: Settings
+    bandwidth: float
+    peers: tuple[Peer, ...] = gpu_peers.PEERS
 
 
-def graph_seconds(run: Run, device: torch.device) -> float | None:
-    """The same calls replayed as one CUDA graph: no host time."""
-    if device.type != "cuda":
+def measure(case: Case, contest: Contest) -> dict[str, Any]:
+    """One case with all its contestants, as plain data for the JSON."""
+    inputs = make_inputs(case, contest.settings.device)
+    wanted: dict[str, tuple[torch.Tensor, ...]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    with torch.set_grad_enabled(case.pass_ == TRAIN):
+        for peer in contest.peers:
+            reason = peer.why_not(case, contest.settings)
+            if reason is None:
+                reason = _too_slow(peer, case)
+            if reason is None:
+                found[peer.name] = _contestant(peer, case, inputs, contest, wanted)
+            elif reason:
+                found[peer.name] = {"status": "left out", "reason": reason}
+    return {
+        "name": case.name,
+        "group": case.group,
+        "bytes": case.bytes,
+        "contestants": found,
+    }
+
+
+def _too_slow(peer: Peer, case: Case) -> str | None:
+    if peer.family != "softmax":
         return None
-    calls = 10
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
-    return seconds(graph.replay, device) / calls
+    flops = 4.0 * case.batch * case.heads * case.length**2 * case.head_dim
+    seconds = flops * (3.5 if case.pass_ == TRAIN else 1) / SOFTMAX_FLOPS
+    return f"one call would take about {seconds:.1f} s" if seconds > 1 else None
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read plus bytes written per second by a large copy."""
-    source = torch.empty(
-        2**28 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device
-    )
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source), device)
-
-
-def measure(case: Case, device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
-    inputs = make_inputs(case, device)
-    rows = []
-    for name, run in contestants(case, inputs, device):
-        row: dict[str, Any] = {"case": case.name, "contestant": name}
+def _contestant(
+    peer: Peer,
+    case: Case,
+    inputs: Inputs,
+    contest: Contest,
+    wanted: dict[str, tuple[torch.Tensor, ...]],
+) -> dict[str, Any]:
+    meter = contest.meter
+    try:
+        run, error = _checked(peer, case, inputs, contest.settings, wanted)
+        if not error <= truth.TOLERANCE[case.dtype]:
+            return {"status": "wrong", "reason": f"relative error {error:.1e}", "error": error}
+        eager, graph = meter.eager(run), None
+        result: dict[str, Any] = {"status": "timed", "error": error, "eager_seconds": eager}
+        result["peak_bytes"] = meter.peak(run)
         try:
-            error = error_of(case, inputs, run()) if name != "sdpa" else None
-            row["error"] = error
-            if error is not None and error > TOLERANCE[case.dtype]:
-                row["failed"] = f"error {error:.1e}"
-            else:
-                row["eager_us"] = seconds(run, device) * 1e6
-                graph = graph_seconds(run, device)
-                row["graph_us"] = None if graph is None else graph * 1e6
-                share = case.bytes / (graph or row["eager_us"] * 1e-6) / bandwidth
-                row["share_of_copy_bandwidth"] = share
-        except (RuntimeError, ValueError) as problem:
-            row["failed"] = str(problem).splitlines()[0]
-        rows.append(row)
-        print(_line(row), flush=True)
-    return rows
+            graph = meter.graph(run)
+        except RuntimeError as problem:  # not everybody's kernels can be captured
+            result["reason"] = f"no graph: {problem}".splitlines()[0][:200]
+        result["graph_seconds"] = graph
+        seconds = graph or eager
+        result["gbs"] = case.bytes / seconds * 1e-9
+        result["share_of_copy"] = case.bytes / seconds / contest.bandwidth
+    except Exception as problem:  # a peer that breaks is a result, and must not end the run
+        reason = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+        return {"status": "failed", "reason": reason}
+    return result
 
 
-def _line(row: dict[str, Any]) -> str:
-    head = f"{row['case']:<52} {row['contestant']:<8}"
-    if "failed" in row:
-        return f"{head} {row['failed']}"
-    graph = "" if row["graph_us"] is None else f"{row['graph_us']:10.1f} us in a graph"
-    return f"{head} {row['eager_us']:10.1f} us eager {graph} {row['share_of_copy_bandwidth']:6.1%}"
+def _checked(
+    peer: Peer,
+    case: Case,
+    inputs: Inputs,
+    settings: Settings,
+    wanted: dict[str, tuple[torch.Tensor, ...]],
+) -> tuple[Run, float]:
+    """What is to be timed, and its error: of the first batch element, against float64."""
+    if case.pass_ == STEP:
+        assert peer.step is not None and inputs.S is not None and inputs.z is not None
+        step = peer.step(case, settings)
+        run, first = step_runner_of(step, inputs), step_runner_of(step, inputs)
+        one = Inputs(*(x[:1] for x in (inputs.query, inputs.key, inputs.value)))
+        one = Inputs(one.query, one.key, one.value, None, inputs.S[:1], inputs.z[:1])
+    else:
+        assert peer.attend is not None
+        attend = peer.attend(case, inputs, settings)
+        run = first = runner_of(attend, case, inputs)
+        tensors = (inputs.query, inputs.key, inputs.value, inputs.grad_out)
+        one = Inputs(*(x if x is None else x[:1] for x in tensors))  # type: ignore[arg-type]
+        tokens = truth.tokens_to_check(peer, case)
+        if tokens < case.length:
+            one = one.first(tokens)
+            first = runner_of(attend, case, one)
+    if peer.family not in wanted:
+        wanted[peer.family] = truth.truth(peer.family, case, one)
+    return run, truth.error(tuple(x[:1] for x in first()), wanted[peer.family])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--quick", action="store_true", help="a handful of small cases")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "cuda.json")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch finds no CUDA device; --device cpu only tests this script")
-    bandwidth = copy_bandwidth(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, copies {bandwidth * 1e-9:.0f} GB/s, torch {torch.__version__}")
-    rows = [row for case in cases(args.quick) for row in measure(case, device, bandwidth)]
-    result = {"device": name, "copy_bytes_per_second": bandwidth, "rows": rows}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if any("failed" in row for row in rows) else 0
+def run_grid(
+    cases: list[Case], contest: Contest, budget: float, console: Console
+) -> list[dict[str, Any]]:
+    """Every case in turn, printed as soon as it is measured."""
+    measured = []
+    start = time.monotonic()
+    for case in cases:
+        if time.monotonic() - start > budget:
+            left = cases[cases.index(case) :]
+            console.print(f"out of time: {len(left)} cases left out, from {case.name} on")
+            break
+        measured.append(measure(case, contest))
+        console.print(case_table(measured[-1]))
+    return measured
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+# --- tables -----------------------------------------------------------------------------------
+
+
+def case_table(case: dict[str, Any]) -> Table:
+    """All contestants of a case."""
+    table = Table(case["name"], title_justify="left")
+    for column in ("eager", "graph", "GB/s", "of copy", "peak memory", "error"):
+        table.add_column(column, justify="right")
+    for name, found in case["contestants"].items():
+        if found["status"] != "timed":
+            table.add_row(name, found["status"], found["reason"])
+            continue
+        peak = found["peak_bytes"]
+        table.add_row(
+            name, duration(found["eager_seconds"]), duration(found["graph_seconds"]),
+            f"{found['gbs']:.0f}", f"{found['share_of_copy']:.0%}",
+            "-" if peak is None else f"{peak / 2**20:.1f} MiB", f"{found['error']:.0e}",
+        )  # fmt: skip
+    return table
+
+
+def summary(cases: list[dict[str, Any]]) -> Table:
+    """A line a case: ours, share of the bandwidth, and the fastest other one of each family."""
+    columns = [*gpu_peers.OURS, "of copy", "fastest other", "", "softmax", ""]
+    table = Table("case", *columns, title="fastattn against the rest", title_justify="left")
+    families = {peer.name: peer.family for peer in gpu_peers.PEERS}
+    for case in cases:
+        seconds = {
+            name: found["graph_seconds"] or found["eager_seconds"]
+            for name, found in case["contestants"].items()
+            if found["status"] == "timed"
+        }
+        ours = [seconds.get(name) for name in gpu_peers.OURS]
+        best = min((x for x in ours if x is not None), default=None)
+        row = [case["name"], *map(duration, ours)]
+        shares = [
+            found["share_of_copy"]
+            for name, found in case["contestants"].items()
+            if name in gpu_peers.OURS and found["status"] == "timed"
+        ]
+        row.append(f"{max(shares):.0%}" if shares else "-")
+        for family in ("linear", "softmax"):
+            others = {
+                name: value
+                for name, value in seconds.items()
+                if name not in gpu_peers.OURS and families[name] == family
+            }
+            name = min(others, key=others.__getitem__, default="-")
+            other = others.get(name)
+            row += [name, times(other / best if other and best else None)]
+        table.add_row(*row)
+    return table

@@ -33,7 +33,7 @@ TILES: dict[tuple[str, int], dict[int, Tile]] = {
     ("noncausal backward", 2): {
         16: Tile(64, 64, 4, 2),
         32: Tile(64, 64, 4, 2),
-        64: Tile(32, 64, 8, 2),
+        64: Tile(32, 64, 4, 2),
         128: Tile(32, 128, 8, 2),
         256: Tile(16, 32, 8, 1),
         512: Tile(16, 16, 8, 1),

@@ -42,9 +42,7 @@ def test_every_kernel_is_shipped() -> None:
         for name, value in vars(module).items()
         if getattr(value, "do_not_specialize", None) and value.fn.__module__ == module.__name__
     }
-    assert declared == {
-        step.kernel.__name__ for call in aot.SHIPPED for step in aot.steps_of(call)
-    }
+    assert declared == {step.kernel.__name__ for call in aot.SHIPPED for step in aot.steps_of(call)}
 
 
 def test_a_new_length_compiles_nothing() -> None:
@@ -60,7 +58,7 @@ def test_a_new_length_compiles_nothing() -> None:
 def test_amd_takes_half_as_many_warps_of_twice_as_many_threads() -> None:
     step = next(aot.steps_of(aot.Call(64)))
     assert step.options(64)["num_warps"] * 64 == step.options(32)["num_warps"] * 32
-    assert launch.WARP_SIZE == (64 if torch.version.hip else 32)
+    assert (64 if torch.version.hip else 32) == launch.WARP_SIZE
 
 
 def test_float16_is_not_multiplied_in_float16() -> None:
