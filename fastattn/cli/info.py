@@ -173,7 +173,8 @@ def _print_kernels(as_json: bool) -> None:
         raise typer.BadParameter(
             f"Triton is not installed: {error}", param_hint="--kernels"
         ) from None
-    rows = [asdict(row) for row in track(aot.table(), total=None, description="compiling")]
+    progress = track(aot.table(), total=None, description="compiling", console=Console(stderr=True))
+    rows = [asdict(row) for row in progress]
     console = Console()
     if as_json:
         console.print_json(data=rows)

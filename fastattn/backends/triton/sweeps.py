@@ -86,8 +86,11 @@ def sweep_forward(
                 inverse = inverse_denominator_of_gradient(den, eps)
                 dphi *= inverse[:, None]
                 delta = -tl.sum(phi_q * dphi, 1) * denominator_slope(den, eps)
-                z_here = z[None, :] + flipped_matmul(operand(ones, OPERAND), keys, PRECISION)
-                dphi += delta[:, None] * z_here
+                if BLOCK_F > 128:  # fewer registers, measured
+                    z_chunk = matmul(operand(ones, OPERAND), keys, PRECISION)
+                else:
+                    z_chunk = flipped_matmul(operand(ones, OPERAND), keys, PRECISION)
+                dphi += delta[:, None] * (z[None, :] + z_chunk)
                 row = factors_of(factors, batch, h, num_heads, length, first + t)
                 tl.store(row + 2 * rows, inverse, mask=in_range)
                 tl.store(row + 2 * rows + 1, delta, mask=in_range)

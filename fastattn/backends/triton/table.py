@@ -41,7 +41,7 @@ TILES: dict[tuple[str, int], dict[int, Tile]] = {
     ("noncausal backward", 4): {
         16: Tile(16, 64, 8, 1),
         32: Tile(16, 64, 8, 1),
-        64: Tile(16, 64, 8, 1),
+        64: Tile(16, 64, 8, 2),
         128: Tile(16, 128, 8, 1),
         256: Tile(16, 32, 8, 1),
         512: Tile(16, 16, 8, 1),
@@ -67,7 +67,7 @@ TILES: dict[tuple[str, int], dict[int, Tile]] = {
         32: Tile(16, 64, 4, 2),
         64: Tile(16, 64, 8, 2),
         128: Tile(16, 128, 8, 2),
-        256: Tile(16, 16, 8, 1),
+        256: Tile(16, 16, 8, 2),
         512: Tile(16, 16, 8, 1),
     },
     ("causal backward", 4): {

@@ -13,8 +13,10 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 
 from fastattn.backends.triton import aot, launch, plan
 
-# Bytes of stack per thread by head size: what a kernel may spill.
-MOST_SPILLED = {32: 0, 64: 0, 128: 512, 256: 512}
+# Bytes of stack per thread by head size: what a kernel may spill. 16 bytes of float32's 64 are
+# kept per segment, not per chunk.
+MOST_SPILLED = {32: 0, 64: 0, 128: 512, 256: 1280}
+MOST_SPILLED_FLOAT32 = 16
 
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
@@ -26,7 +28,8 @@ def test_every_shipped_kernel(call: aot.Call, arch: str) -> None:
         assert measured.registers > 0
         if measured.shared > aot.ARCHS[arch].shared:
             wrong.append(f"{measured.kernel}: {measured.shared} bytes of shared memory")
-        if measured.spilled > MOST_SPILLED[call.head_dim]:
+        bound = MOST_SPILLED_FLOAT32 if call.dtype == torch.float32 else MOST_SPILLED[call.head_dim]
+        if measured.spilled > bound:
             wrong.append(f"{measured.kernel}: {measured.spilled} bytes spilled")
     assert not wrong
 
