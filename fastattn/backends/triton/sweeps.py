@@ -163,6 +163,7 @@ def sweep_reverse(
                 delta = tl.load(row + 2 * rows + 1, mask=in_range, other=0.0)
                 scaled = operand(phi_q * inverse[:, None], OPERAND)
                 L_z += tl.sum(delta[:, None] * phi_q, 0)
+            L = matmul_add(tl.trans(scaled), do, L, PRECISION)
             if WRITE:
                 A = lower(matmul(queries, tl.trans(keys), PRECISION), CHUNK)
                 dA = matmul(do, tl.trans(v), PRECISION)
@@ -172,7 +173,6 @@ def sweep_reverse(
                 dv = flipped_matmul_add(tl.trans(operand(A, OPERAND)), do, dv, PRECISION)
                 dA = tl.trans(operand(lower(dA, CHUNK), OPERAND))
                 dphi = flipped_matmul_add(dA, queries, dphi, PRECISION)
-            L = matmul_add(tl.trans(scaled), do, L, PRECISION)
         if WRITE:
             dk = chain_keys(phi_k, norm, dphi, features, keep, T_z, D, MAP)
             dv_row = at(
