@@ -65,9 +65,11 @@ class Step:
         """The table counts warps of 32 threads; AMD's have 64, and half as many share as many
         registers. Nor are loops pipelined there: Triton 3.7 fails to compile the causal forward if
         they are."""
-        if warp_size == 32:
-            return {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
-        return {"num_warps": max(1, self.tile.num_warps * 32 // warp_size), "num_stages": 1}
+        num_warps, num_stages = self.tile.num_warps, self.tile.num_stages
+        if warp_size != 32:
+            num_warps, num_stages = max(1, num_warps * 32 // warp_size), 1
+        # The default of Triton up to 3.9; later ones change it.
+        return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
     def launch(self, arguments: dict[str, Any], device: int, aligned: bool) -> None:
         """Starts the kernel on the current stream. ``aligned``: every pointer is."""

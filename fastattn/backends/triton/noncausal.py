@@ -31,6 +31,7 @@ from fastattn.backends.triton.states import (
     sum_segment,
 )
 from fastattn.backends.triton.tiles import (
+    all_of,
     at,
     chain_keys,
     chain_queries,
@@ -150,7 +151,7 @@ def forward_of_head(
         store_state(saved_S, saved_z, S_tile, z_tile, state, features, values, stores_z, D, DV, MAP)
         if MAP == "efficient":
             address = saved_maximum + tl.cast(state, tl.int64) * D + features
-            tl.store(address, maximum, mask=(features < D) & stores_z)
+            tl.store(address, maximum, mask=all_of(features < D, stores_z))
     batch, first, tokens = tokens_of(sequence, cu, query_length, PACKED)
     group = num_heads // num_kv_heads
     for h in range(head * group, (head + 1) * group):

@@ -23,6 +23,7 @@ from fastattn.backends.triton.segments import (
 )
 from fastattn.backends.triton.tiles import (
     LOWEST,
+    all_of,
     at,
     keys_kept,
     load_tile,
@@ -52,9 +53,10 @@ def num_features(D: tl.constexpr, MAP: tl.constexpr):
 def _real(features, values, present, F: tl.constexpr, DV: tl.constexpr):
     """Which elements of a state's tiles there are: no comparison where a tile has its size."""
     if features.shape[0] != F:
-        real = (features < F) & present
+        real = features < F
     else:
-        real = (features >= 0) & present
+        real = features >= 0
+    real = all_of(real, present)
     both = real[:, None]
     if values.shape[0] != DV:
         both = both & (values < DV)[None, :]
@@ -89,7 +91,7 @@ def store_state(
     real, both = _real(features, values, True, F, DV)
     offsets = row[:, None] * DV + values[None, :]
     tl.store(S + head * (F * DV) + offsets, S_tile, mask=both)
-    tl.store(z + head * F + row, z_tile, mask=real & stores_z)
+    tl.store(z + head * F + row, z_tile, mask=all_of(real, stores_z))
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def dz_of_earlier_value_tiles(
     earlier ones have left, or `dz_tile` for the first."""
     F = num_features(D, MAP)
     row = tl.cast(head, tl.int64) * F + state_row(features, D, MAP)
-    real = (features < F) & (value_tile > 0)
+    real = all_of(features < F, value_tile > 0)
     return tl.where(value_tile > 0, tl.load(dz + row, mask=real, other=0.0), dz_tile)
 
 
@@ -256,7 +258,7 @@ def sum_keys(
         store_state(saved_S, saved_z, S_tile, z_tile, state, features, values, stores_z, D, DV, MAP)
     if MAP == "efficient":  # for the backward
         address = maximum + tl.cast(sequence * num_kv_heads + head, tl.int64) * D
-        tl.store(address + features, highest, mask=(features < D) & stores_z & (segment == 0))
+        tl.store(address + features, highest, mask=all_of(features < D, stores_z & (segment == 0)))
 
 
 # --- the fold ---------------------------------------------------------------------------------

@@ -67,6 +67,12 @@ def within(keep, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def all_of(mask, scalar):
+    """Where mask holds, if scalar does. Triton 3.9's interpreter makes numbers of their `&`."""
+    return (mask & scalar) != 0
+
+
+@triton.jit
 def convert(tile, TYPE: tl.constexpr):
     """To another type, to the nearest number: Triton's interpreter cuts bfloat16 off instead, and
     makes something else of numbers below the least normal one, so bits to be cut off are zeros."""
@@ -110,9 +116,9 @@ def sum_over_value_tiles(
         row = sums + (row * length + token) * D
         offsets = rows[:, None] * D + columns[None, :]
         real = keep[:, None] & (columns < D)[None, :]
-        tile += tl.load(row + offsets, mask=real & (value_tile > 0), other=0.0)
-        tl.store(row + offsets, tile, mask=real & (value_tile < VALUE_TILES - 1))
-        keep = keep & (value_tile == VALUE_TILES - 1)
+        tile += tl.load(row + offsets, mask=all_of(real, value_tile > 0), other=0.0)
+        tl.store(row + offsets, tile, mask=all_of(real, value_tile < VALUE_TILES - 1))
+        keep = all_of(keep, value_tile == VALUE_TILES - 1)
     return tile, keep
 
 
