@@ -66,7 +66,7 @@ class _Counter:
         ]
 
     def access(self, pointers: Any, mask: Any, is_load: bool) -> None:
-        addresses = pointers.data[mask.data]
+        addresses = pointers.data[mask.data.astype(bool)]
         if addresses.size == 0:
             return
         size = pointers.get_element_ty().primitive_bitwidth // 8
@@ -159,7 +159,7 @@ CALLS = (
     Call(True, 2048, 128, MANY, (12, 21.5)),
     Call(True, 2048, 128, FEW, (18, 25.5)),
 )
-STATES = 2.5  # d that states, partial sums and row factors may take on top
+STATES = 3  # d that states, partial sums and row factors may take on top
 
 
 def measure(call: Call) -> tuple[Traffic, Traffic]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
