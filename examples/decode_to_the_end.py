@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=540, help="of training, for each model")
+    parser.add_argument("--heads", default="softmax,st,nmst", help="the models to train")
     parser.add_argument("--contexts", type=int, default=100)
     parser.add_argument("--scored", type=int, default=2000, help="validation texts for perplexity")
     parser.add_argument("--length", type=int, default=1000, help="tokens to wait for the end")
@@ -52,7 +53,7 @@ def main() -> None:
     table = Table(title=f"{len(contexts)} continuations of {CONTEXT} tokens", title_justify="left")
     for column in ("head", "perplexity", "decoding", f"no end after {options.length}", "longest"):
         table.add_column(column)
-    for kind in ("softmax", "st", "nmst"):
+    for kind in options.heads.split(","):
         torch.manual_seed(options.seed)
         model = make(len(vocabulary), options.length)
         if kind != "softmax":
