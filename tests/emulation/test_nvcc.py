@@ -21,9 +21,9 @@ import pytest
 from fastattn.backends import cuda, native
 from tests.emulation.build import ROOT, locked
 
-# Most registers of a thread, by kernel, over what is compiled here; nothing spills. Shared memory has
-# room for three blocks of 128 threads, or one of 256, so 168 are no limit. Of what is compiled by
-# FASTATTN_CUDA=1 alone, width 32 in bfloat16 on sm_80 takes most: 225, without spilling.
+# Most registers of a thread, by kernel, over what is compiled here; nothing spills. Shared memory
+# has room for three blocks of 128 threads, or one of 256, so 168 are no limit. Of what only
+# FASTATTN_CUDA=1 compiles, width 32 in bfloat16 on sm_80 takes most: 225, without spilling.
 REGISTERS = {
     "step_kernel": 80,
     "recurrent_kernel": 128,
