@@ -22,16 +22,18 @@ NO_LABEL = -100  # what cross entropy leaves out
 
 
 class ChangingCollator(Collator):
-    """As ``Collator``, with every other row changed and without its label.
+    """As ``Collator``, with half of the rows changed and without their labels.
 
     Of a changed row a share of the tokens, drawn anew between 0 and ``most``, becomes other tokens
-    of the batch, which are distributed as those of the data are. Before that, half of the changed
-    rows of one text get the text of another row added, unless they become longer than
+    of the batch, which are distributed as those of the data are. In one batch of four all rows are
+    changed, and before that get the text of another row added, unless they become longer than
     ``max_length``: where the texts to be judged are longer than those of the training data, it
-    helps to have seen such. All draws are from torch's generator.
+    helps to have seen such, and rows of like length waste no padding. In the other batches a third
+    of the rows are changed. All draws are from torch's generator.
 
     Args:
-        join: whether texts may be joined; not where a row is a pair of texts.
+        join: whether texts may be joined; not where a row is a pair of texts. If not, half of the
+            rows of each batch are changed.
     """
 
     def __init__(
@@ -45,15 +47,20 @@ class ChangingCollator(Collator):
         pool = [token for row in rows for token in row["input_ids"] if token not in self.special]
         if not pool:
             return super().__call__(rows)
+        join = self.join and _random() < 0.25
+        every = 1 if join else 3 if self.join else 2
         return super().__call__(
-            [self._change(row, rows, pool) if i % 2 else row for i, row in enumerate(rows)]
+            [
+                row if (i + 1) % every else self._change(row, rows, pool, join)
+                for i, row in enumerate(rows)
+            ]
         )
 
     def _change(
-        self, row: dict[str, Any], rows: Sequence[dict[str, Any]], pool: list[int]
+        self, row: dict[str, Any], rows: Sequence[dict[str, Any]], pool: list[int], join: bool
     ) -> dict[str, Any]:
         ids = list(row["input_ids"])
-        if self.join and _random() < 0.5:
+        if join:
             other = rows[_below(len(rows))]["input_ids"]
             ids = self._joined(ids, [token for token in other if token not in self.special])
         rate = _random() * self.most

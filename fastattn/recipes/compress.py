@@ -117,7 +117,7 @@ class CompressJob(Job[CompressArguments]):
         args = self.arguments
         assert args.metric is not None
         results: Results = {}
-        model = load_model(self.stage_folder("distill"))
+        model = load_model(self.stage_folder("distill"), train=True)
         if args.tune_epochs != 0:
             freeze_embeddings(model)
             train = self.tokens("train", args.student_length)

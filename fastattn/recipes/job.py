@@ -117,7 +117,7 @@ class Job(Generic[ArgumentsT]):
         import fastattn
 
         args = self.arguments
-        model = extend(load_model(self.stage_folder("softmax")), args.student_length)
+        model = extend(load_model(self.stage_folder("softmax"), train=True), args.student_length)
         fastattn.linearize(model, feature_map=args.feature_map, layers=self.transfer_layers)
         results: Results = {
             "swapped": self.scores(model, args.student_length, "Evaluating the bare swap")
@@ -169,7 +169,7 @@ class Job(Generic[ArgumentsT]):
 
     def replace(self, folder: Path) -> Results:
         args = self.arguments
-        softmax = extend(load_model(self.stage_folder("softmax")), args.student_length)
+        softmax = extend(load_model(self.stage_folder("softmax"), train=True), args.student_length)
         theseus = self.theseus(softmax)
         results: Results = {}
         if args.replace_epochs != 0:
@@ -190,7 +190,7 @@ class Job(Generic[ArgumentsT]):
         args = self.arguments
         results: Results = {}
         student = "transfer" if args.replace_epochs == 0 and self.final == "linear" else "replace"
-        model = load_model(self.stage_folder(student))
+        model = load_model(self.stage_folder(student), train=True)
         if args.distill_epochs != 0:
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
@@ -227,7 +227,9 @@ class Job(Generic[ArgumentsT]):
         collator = None
         same_tokens = args.student_length == args.max_length
         if same_tokens and (args.change or hidden):
-            teacher = load_model(self.stage_folder("softmax")).eval().requires_grad_(False)
+            teacher = (
+                load_model(self.stage_folder("softmax"), train=True).eval().requires_grad_(False)
+            )
             loss = imitation_loss(teacher, match=match, hidden=hidden, bf16=args.bf16, **options)
             if args.change:
                 collator = ChangingCollator(
@@ -338,7 +340,7 @@ class Job(Generic[ArgumentsT]):
         for folder in (self.stage_folder("softmax"), args.model):
             if (folder / name).is_file() and not (folder is args.model and self.fine_tune):
                 return load_file(folder / name)["logits"]
-        teacher = load_model(self.stage_folder("softmax"))
+        teacher = load_model(self.stage_folder("softmax"), train=True)
         train = self.tokens("train", args.max_length)
         text = "Asking the teacher"
         logits = predict(teacher, train, self.tokenizer, bf16=args.bf16, description=text)

@@ -70,18 +70,19 @@ def imitation_loss(
         output = model(**inputs, **capture)
         total = _divergence(output.logits.float(), goal.logits.float(), temperature)
         if task_weight:
-            labels = F.cross_entropy(output.logits.float(), batch["labels"])
-            total = total + task_weight * labels
+            labels = batch["labels"]  # of changed texts there is none
+            errors = F.cross_entropy(output.logits.float(), labels, reduction="sum")
+            total = total + task_weight * errors / (labels >= 0).sum().clamp_min(1)
         if match:
             total = total + match * output.matching_loss
         if hidden:
             got, goals = output.hidden_states[1:], goal.hidden_states[1:]
             every = len(goals) // len(got)
-            errors = [
+            distances = [
                 relative_error(mine.float(), its.float(), batch.get("attention_mask"))
                 for mine, its in zip(got, goals[every - 1 :: every], strict=True)
             ]
-            total = total + hidden * torch.stack(errors).mean()
+            total = total + hidden * torch.stack(distances).mean()
         return total
 
     return loss

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from fastattn.models.attention import SOFTMAX
 from fastattn.models.conversion import is_linear
 from fastattn.models.families import attention_modules
 from fastattn.recipes.errors import ModelError
@@ -50,8 +51,13 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"can't load the tokenizer in {path}: {error}") from error
 
 
-def load_model(path: Path, **options: Any) -> PreTrainedModel:
-    """The sequence classifier in ``path``, with softmax or linear attention as it was saved."""
+def load_model(path: Path, train: bool = False) -> PreTrainedModel:
+    """The sequence classifier in ``path``, with softmax or linear attention as it was saved.
+
+    Args:
+        train: softmax attention is to run as is best in training, rather than as transformers
+            would run it.
+    """
     import fastattn
 
     config = load_config(path)
@@ -61,7 +67,7 @@ def load_model(path: Path, **options: Any) -> PreTrainedModel:
             model = fastattn.load(path)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(
-                path, local_files_only=True, **options
+                path, local_files_only=True, attn_implementation=SOFTMAX if train else None
             )
         return model
     except (ValueError, OSError) as error:
@@ -101,7 +107,7 @@ def output_labels(config: Any) -> tuple[str, ...]:
 
 
 def new_classifier(path: Path, task: Task) -> PreTrainedModel:
-    """The encoder in ``path`` with a new head for the labels of ``task``."""
+    """The encoder in ``path``, to be trained, with a new head for the labels of ``task``."""
     try:
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -110,6 +116,7 @@ def new_classifier(path: Path, task: Task) -> PreTrainedModel:
             id2label=task.id2label,
             label2id={name: i for i, name in task.id2label.items()},
             ignore_mismatched_sizes=True,  # another task's head has other sizes
+            attn_implementation=SOFTMAX,
             **no_attention_dropout(load_config(path)),
         )
         return model

@@ -49,6 +49,46 @@ def test_it_is_the_formula(family: str) -> None:
     assert len(seen) == (1 if family == "ModernBert" else 3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_softmax_for_training_is_the_model_s_own(family: str) -> None:
+    model, given = make(family, "Model"), inputs()
+    model.set_attn_implementation("sdpa")
+    real = given["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = model(**given).last_hidden_state[real]
+        model.set_attn_implementation(attention_module.SOFTMAX)
+        got = model(**given).last_hidden_state[real]
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, attention_module.SHORT, attention_module.SHORT + 1])
+def test_softmax_in_bfloat16_is_as_exact_as_that_of_torch(tokens: int) -> None:
+    """Output and gradients, against float64: the plain products for short texts, too."""
+    shape = (3, 2, tokens, 24)
+    given = [torch.randn(shape, dtype=torch.float64) for _ in range(4)]
+    mask = torch.rand(3, tokens) < 0.7
+    mask[:, 0] = True
+
+    def run(attention, dtype: torch.dtype) -> list[torch.Tensor]:
+        query, key, value = (x.to(dtype).requires_grad_() for x in given[:3])
+        out = attention(query, key, value)
+        grads = torch.autograd.grad(out, (query, key, value), given[3].to(dtype))
+        return [x.double() for x in (out, *grads)]
+
+    def ours(query, key, value):
+        return attention_module.softmax(query, key, value, mask, 0.3)
+
+    def plain(query, key, value):
+        scores = ((query @ key.mT) * 0.3).masked_fill(~mask[:, None, None, :], -torch.inf)
+        return scores.softmax(-1) @ value
+
+    truth = run(plain, torch.float64)
+    for got, theirs, true in zip(
+        run(ours, torch.bfloat16), run(plain, torch.bfloat16), truth, strict=True
+    ):
+        assert (got - true).norm() <= 2 * (theirs - true).norm() + 1e-3 * true.norm()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_changes_nothing(family: str, side: str) -> None:
