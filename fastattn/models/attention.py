@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastattn.models.cache import HOOK, causal
 from fastattn.models.families import ATTENTION_CLASSES, is_supported
+from fastattn.nn.feature_maps import for_kernel
 from fastattn.ops import linear_attention
 
 NAME = "fastattn_linear"
@@ -105,7 +106,8 @@ def linear(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     causal, with its state in the cache."""
     query_map = getattr(module, "query_feature_map", None)
     if query_map is not None:
-        query, key, name = query_map(query), module.key_feature_map(key), "features"
+        query, name = for_kernel(query_map, query)
+        key, _ = for_kernel(module.key_feature_map, key)
     else:
         name = getattr(module, "fastattn_feature_map", DEFAULT_MAP)
     value = value.to(query.dtype)

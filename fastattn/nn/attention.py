@@ -116,20 +116,20 @@ class LinearAttention(nn.Module):
     def _set_feature_map(
         self, feature_map: str | nn.Module, max_length: int | None, factory: dict[str, Any]
     ) -> None:
-        """``feature_map`` is the fused map's name; "features" when modules run before it."""
+        """``feature_map`` is the fused map's name, also of what follows a module."""
         self.query_feature_map: nn.Module | None = None
         self.key_feature_map: nn.Module | None = None
         if max_length is not None and feature_map != "cosformer":
             raise ValueError(f"max_length is for feature_map='cosformer'; got {feature_map!r}")
         if isinstance(feature_map, nn.Module):
-            self.feature_map = "features"
+            self.feature_map = learned_maps.fused_part(feature_map)
             self.query_feature_map = self.key_feature_map = feature_map
         elif feature_map in learned_maps.NAMES:
-            self.feature_map = "features"
             pair = learned_maps.make_pair(
                 feature_map, self.num_heads, self.num_kv_heads, self.head_dim, max_length
             )
             self.query_feature_map, self.key_feature_map = (phi.to(**factory) for phi in pair)
+            self.feature_map = learned_maps.fused_part(pair[0])
         else:
             known = [*feature_maps.names(), *learned_maps.NAMES]
             if feature_map not in known:
@@ -259,8 +259,9 @@ class LinearAttention(nn.Module):
 
     def extra_repr(self) -> str:
         kv = f", num_kv_heads={self.num_kv_heads}" if self.num_kv_heads != self.num_heads else ""
+        phi = f", feature_map={self.feature_map!r}" if self.query_feature_map is None else ""
         return (
-            f"{self.embed_dim}, {self.num_heads}{kv}, feature_map={self.feature_map!r}, "
+            f"{self.embed_dim}, {self.num_heads}{kv}{phi}, "
             f"is_causal={self.is_causal}, batch_first={self.batch_first}"
         )
 
@@ -294,7 +295,9 @@ class LinearAttention(nn.Module):
     def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.query_feature_map is None or self.key_feature_map is None:
             return q, k
-        return self.query_feature_map(q), self.key_feature_map(k)
+        q, _ = learned_maps.for_kernel(self.query_feature_map, q)
+        k, _ = learned_maps.for_kernel(self.key_feature_map, k)
+        return q, k
 
     def _output(self, out: Tensor, batched: bool = True) -> Tensor:
         """(B, H, N, D) to the shape of the query."""

@@ -1,7 +1,8 @@
 """Feature maps that are learned, random or know positions: modules run outside the kernels.
 
 They turn queries or keys into non-negative features, which ``linear_attention`` takes as they are
-(``feature_map="features"``). The fused maps, which have nothing to learn, are in
+(``feature_map="features"``). Where a map ends in a fused one, it need not run to its end: the
+kernels do the rest, see ``for_kernel``. The fused maps, which have nothing to learn, are in
 ``fastattn.feature_maps``.
 
     name        features                                        source
@@ -19,10 +20,33 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastattn.ops import feature_maps as fused_maps
 from fastattn.ops.check import MAX_DIM  # what the kernels take
 
 
-class Hedgehog(nn.Module):
+class ProjectedMap(nn.Module):
+    """A projection of each head's vectors, and then the fused map of the name ``fused``."""
+
+    fused: str
+
+    def project(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused_maps.get(self.fused).phi(self.project(x))
+
+
+def for_kernel(phi: nn.Module, x: Tensor) -> tuple[Tensor, str]:
+    """What ``linear_attention`` is to be given for ``phi(x)``, and as which ``feature_map``."""
+    return phi.project(x) if isinstance(phi, ProjectedMap) else phi(x), fused_part(phi)
+
+
+def fused_part(phi: nn.Module) -> str:
+    """Name of the fused map that ``phi`` ends in, or "features"."""
+    return phi.fused if isinstance(phi, ProjectedMap) else "features"
+
+
+class Hedgehog(ProjectedMap):
     """softmax over [Wx, -Wx] with one W (D, F/2) per head.
 
     W starts as the identity beside random directions. Twice the features of the paper are the
@@ -36,6 +60,8 @@ class Hedgehog(nn.Module):
         (B, H, N, D) to (B, H, N, F), in the dtype of the input.
     """
 
+    fused = "softmax"
+
     def __init__(self, num_heads: int, head_dim: int, features: int | None = None) -> None:
         super().__init__()
         features = _check_features(features, min(4 * head_dim, MAX_DIM))
@@ -46,16 +72,19 @@ class Hedgehog(nn.Module):
         random[:, :head_dim] = torch.eye(head_dim, device="cpu")[:, :columns]
         self.weight = nn.Parameter(random.repeat(num_heads, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        projected = torch.matmul(x, self.weight.to(x.dtype))
-        return torch.softmax(torch.cat([projected, -projected], -1), -1).to(x.dtype)
+    def project(self, x: Tensor) -> Tensor:
+        # Columns of the small weight rather than of the result: a copy less of the latter.
+        weight = self.weight.to(x.dtype)
+        return _per_head(x, torch.cat([weight, -weight], -1))
 
 
-class T2R(nn.Module):
+class T2R(ProjectedMap):
     """relu(Wx + b), one W (D, F) and b (F) per head.
 
     Args and shape as ``Hedgehog``; default 2 D features.
     """
+
+    fused = "relu"
 
     def __init__(self, num_heads: int, head_dim: int, features: int | None = None) -> None:
         super().__init__()
@@ -63,8 +92,9 @@ class T2R(nn.Module):
         self.weight = nn.Parameter(_randn(num_heads, head_dim, columns) / head_dim**0.5)
         self.bias = nn.Parameter(torch.zeros(num_heads, 1, columns))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(torch.matmul(x, self.weight.to(x.dtype)) + self.bias.to(x.dtype))
+    def project(self, x: Tensor) -> Tensor:
+        bias = self.bias.to(x.dtype)
+        return _per_head(x, self.weight.to(x.dtype), bias)
 
 
 class Performer(nn.Module):
@@ -182,6 +212,15 @@ def orthogonal_directions(features: int, head_dim: int, seed: int = 0) -> Tensor
     lengths = torch.randn(features, head_dim, generator=generator, device="cpu").norm(dim=-1)
     directions: Tensor = torch.cat(blocks)[:features] * lengths.unsqueeze(-1)
     return directions.float()
+
+
+def _per_head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(B, H, N, D) times (H, D, F), plus (H, 1, F), as one product for each head: short sequences
+    and the sums of the weight's gradient over the batch would otherwise be many small ones."""
+    batch, heads, tokens, size = x.shape
+    rows = x.transpose(0, 1).reshape(heads, batch * tokens, size)
+    product = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
+    return product.view(heads, batch, tokens, -1).transpose(0, 1)
 
 
 def _check_features(features: int | None, default: int) -> int:

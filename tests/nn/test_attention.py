@@ -363,4 +363,5 @@ def test_survives_copy_and_pickle(tmp_path) -> None:
     loaded = torch.load(tmp_path / "module.pt", weights_only=False)
     for other in (copy.deepcopy(module), loaded):
         assert torch.equal(other(x, x, x)[0], module(x, x, x)[0])
-    assert "feature_map='features'" in repr(module) and "num_kv_heads=2" in repr(module)
+    assert "(query_feature_map): Hedgehog()" in repr(module)
+    assert "feature_map='" not in repr(module) and "num_kv_heads=2" in repr(module)
