@@ -61,7 +61,7 @@ class CompressArguments(Arguments):
     tune_rate: ClassVar[float] = 2e-5
     # Changed texts are new in each epoch, so there is more to learn from them.
     default_epochs: ClassVar[dict[str, float]] = {
-        **Arguments.default_epochs, "distill": 4.0, "tune": 1.0,
+        **Arguments.default_epochs, "distill": 6.0, "tune": 1.0,
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from fastattn.models.positions import position_limit
 from fastattn.recipes.arguments import ArgumentsT, as_json, fingerprint, settle
-from fastattn.recipes.augment import ChangingCollator
+from fastattn.recipes.augment import ChangingCollator, nearest_tokens
 from fastattn.recipes.data import Task, limit_train, load_task, tokenize
 from fastattn.recipes.evaluate import evaluate, predict
 from fastattn.recipes.losses import distillation_loss, imitation_loss, task_loss
@@ -232,9 +232,7 @@ class Job(Generic[ArgumentsT]):
             )
             loss = imitation_loss(teacher, match=match, hidden=hidden, bf16=args.bf16, **options)
             if args.change:
-                collator = ChangingCollator(
-                    self.tokenizer, args.student_length, join=not self.task.has_pairs
-                )
+                collator = self._changing_collator(train, teacher)
         else:
             loss = distillation_loss(self.teacher_logits(), match=match, **options)
         with without_dropout(model):
@@ -250,6 +248,17 @@ class Job(Generic[ArgumentsT]):
                 callbacks,
                 collator,
             )
+
+    def _changing_collator(self, train: Dataset, teacher: PreTrainedModel) -> ChangingCollator:
+        embeddings: Any = teacher.get_input_embeddings()
+        special = set(self.tokenizer.all_special_ids)
+        tokens = {token for row in train["input_ids"] for token in row} - special
+        return ChangingCollator(
+            self.tokenizer,
+            self.arguments.student_length,
+            join=not self.task.has_pairs,
+            neighbours=nearest_tokens(embeddings.weight, tokens),
+        )
 
     def measure(self, folder: Path) -> Results:
         from fastattn.recipes.measure import measure

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fastattn.recipes.augment import NO_LABEL, ChangingCollator
+from fastattn.recipes.augment import NO_LABEL, ChangingCollator, nearest_tokens
 from fastattn.recipes.data import find_files, load_task, tokenize
 from fastattn.recipes.losses import imitation_loss
 from fastattn.recipes.training import Collator, model_inputs
@@ -35,7 +35,7 @@ def test_half_of_the_rows_stay_and_keep_their_labels(tokenizer, rows: list[dict]
     torch.manual_seed(0)
     before = Collator(tokenizer)(rows)
     for join, changed in ((False, 8), (True, 5)):
-        collate = ChangingCollator(tokenizer, 32, join=join)
+        collate = ChangingCollator(tokenizer, 32, join=join, neighbours={})
         counts = set()
         for _ in range(20):
             after = collate(rows)
@@ -57,7 +57,7 @@ def test_changed_tokens_are_those_of_the_batch_and_special_ones_stay(
     pool = {token for row in rows for token in row["input_ids"]} - special
     changed = total = 0
     for _ in range(50):
-        batch = ChangingCollator(tokenizer, 32, join=False, most=0.3)(rows)
+        batch = ChangingCollator(tokenizer, 32, join=False, neighbours={}, most=0.3)(rows)
         for i in ROWS[1::2]:
             old, new = rows[i]["input_ids"], ids(batch, i)
             assert len(new) == len(old)
@@ -73,7 +73,7 @@ def test_joined_rows_are_one_text_within_the_length(tokenizer, rows: list[dict])
     texts = [row["input_ids"][1:-1] for row in rows]
     joined = 0
     for _ in range(80):
-        batch = ChangingCollator(tokenizer, 40, join=True, most=0.0)(rows)
+        batch = ChangingCollator(tokenizer, 40, join=True, neighbours={}, most=0.0)(rows)
         of_batch = 0
         for i in ROWS:
             new = ids(batch, i)
@@ -86,10 +86,40 @@ def test_joined_rows_are_one_text_within_the_length(tokenizer, rows: list[dict])
     assert 10 < joined < 32  # of 80 batches a fourth
 
 
+def test_most_changed_tokens_become_neighbours(tokenizer, rows: list[dict]) -> None:
+    torch.manual_seed(0)
+    near = {token: [1000 + token] for row in rows for token in row["input_ids"]}
+    collate = ChangingCollator(tokenizer, 32, join=False, neighbours=near, most=1.0)
+    neighbours = others = 0
+    for _ in range(50):
+        batch = collate(rows)
+        for i in ROWS[1::2]:
+            for old, new in zip(rows[i]["input_ids"], ids(batch, i), strict=True):
+                neighbours += new == 1000 + old
+                others += new not in (old, 1000 + old)
+    assert 0.6 < neighbours / (neighbours + others) < 0.8
+
+
+def test_nearest_tokens_are_those_of_the_largest_cosine() -> None:
+    embedding = torch.randn(3000, 8) + 5
+    known = torch.randperm(3000)[:1500].tolist()
+    found = nearest_tokens(embedding, known, 3)
+    assert sorted(found) == sorted(known)
+    centred = (embedding - embedding[sorted(known)].mean(0)).double()
+    for token in known[:20]:
+        others = [other for other in known if other != token]
+        cosine = torch.cosine_similarity(centred[token], centred[others], dim=-1)
+        best = cosine.topk(4).values
+        for rank, other in enumerate(found[token]):
+            got = torch.cosine_similarity(centred[token], centred[other], dim=-1)
+            assert abs(got - best[rank]) < 1e-5 and other != token
+    assert nearest_tokens(embedding, [5]) == {}
+
+
 def test_draws_follow_torch_s_seed(tokenizer, rows: list[dict]) -> None:
     def draw(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return ChangingCollator(tokenizer, 32, join=False)(rows)["input_ids"]
+        return ChangingCollator(tokenizer, 32, join=False, neighbours={})(rows)["input_ids"]
 
     assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
 
@@ -99,7 +129,7 @@ def test_imitation_loss_is_zero_at_the_teacher_and_sees_hidden_states(
 ) -> None:
     load = AutoModelForSequenceClassification.from_pretrained
     teacher, model = load(classifier).eval(), load(classifier).eval()
-    batch = ChangingCollator(tokenizer, 32, join=False)(rows)
+    batch = ChangingCollator(tokenizer, 32, join=False, neighbours={})(rows)
     options = {"task_weight": 0.0, "temperature": 2.0}
     alike = imitation_loss(teacher, hidden=1.0, **options)
     assert alike(model, batch).abs() < 1e-6
