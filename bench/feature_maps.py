@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastattn.cli.linearize import FEATURE_MAPS
-from fastattn.cli.options import has_bf16, quiet
+from fastattn.cli.options import has_bf16, set_up
 from fastattn.recipes.arguments import Arguments
 from fastattn.recipes.data import find_files
 from fastattn.recipes.linearize import linearize
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1.0, help="of transfer and distillation")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    quiet(options.threads or torch.get_num_threads())
+    set_up(options.threads or torch.get_num_threads())
     options.output.mkdir(parents=True, exist_ok=True)
     print(table(compare(options)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import importlib.metadata
 import importlib.util
@@ -20,21 +19,6 @@ _PACKAGES = (
     "pytorch-fast-transformers",
     "flash-linear-attention",
 )
-
-
-def keep_freed_memory() -> bool:
-    """Tell the C allocator to give nothing back to the system; False where it can't be told.
-
-    Otherwise tensors of some megabytes come as fresh pages every time, or not, as earlier cases of
-    the run happen to have left the allocator's thresholds: the system then spends up to as long on
-    clearing pages as a kernel on filling them. A training loop reuses its memory; so do we all.
-    """
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of glibc's malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
 
 
 def describe(threads: int) -> dict[str, object]:

@@ -46,7 +46,7 @@ def compare(
         from fastattn.recipes.errors import OutputError
         from fastattn.recipes.report import write_json
 
-        options.quiet(threads)
+        options.set_up(threads)
         for file in (json_file, plot_file):
             if file is not None and not file.parent.is_dir():
                 raise OutputError(f"can't write {file}: there is no folder {file.parent}")

@@ -111,7 +111,7 @@ def compress(
         from fastattn.recipes.data import find_files
         from fastattn.recipes.report import plot, print_report, write_json
 
-        options.quiet(threads)
+        options.set_up(threads)
         train_file, dev_file = find_files(data, train, dev)
         arguments = CompressArguments(
             model=model,

@@ -80,7 +80,7 @@ def linearize(
         from fastattn.recipes.linearize import linearize as run
         from fastattn.recipes.report import plot, print_report, write_json
 
-        options.quiet(threads)
+        options.set_up(threads)
         train_file, dev_file = find_files(data, train, dev)
         arguments = Arguments(
             model=model,
