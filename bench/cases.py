@@ -86,19 +86,20 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Normal random numbers, the same for a case on every run."""
-    generator = torch.Generator().manual_seed(case.length)
+    """Normal random numbers, the same for a case on every run on a device of one kind."""
+    generator = torch.Generator(device).manual_seed(case.length)
 
     def draw() -> torch.Tensor:
         shape = (case.batch, case.length, case.heads, case.head_dim)
-        numbers = torch.randn(shape, generator=generator)
-        return numbers.to(device, case.torch_dtype).transpose(1, 2)
+        numbers = torch.randn(shape, generator=generator, device=device)
+        return numbers.to(case.torch_dtype).transpose(1, 2)
 
     query, key, value = draw(), draw(), draw()
     if case.pass_ == STEP:
-        S = torch.rand(case.batch, case.heads, case.head_dim, case.head_dim, generator=generator)
-        z = torch.rand(case.batch, case.heads, case.head_dim, generator=generator) + 1
-        return Inputs(query, key, value, None, S.to(device), z.to(device))
+        heads = (case.batch, case.heads, case.head_dim)
+        S = torch.rand((*heads, case.head_dim), generator=generator, device=device)
+        z = torch.rand(heads, generator=generator, device=device) + 1
+        return Inputs(query, key, value, None, S, z)
     return Inputs(query, key, value, draw() if case.pass_ == TRAIN else None)
 
 

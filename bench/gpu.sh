@@ -1,7 +1,8 @@
 #!/bin/sh
-# On a machine with a GPU, in under nine minutes: the tests that need one, then the grid of
-# bench/gpu.py. A short table comes last; the numbers go to OUT/cuda.json, what the tests said to
-# OUT/tests.txt.   bench/gpu.sh OUT [options of python -m bench]
+# On a machine with a GPU, in under nine minutes: the tests that need one and those of the ops on its
+# tensors (both compile kernels, so in JOBS processes), then the grid of bench/gpu.py. A short table
+# comes last; the numbers go to OUT/cuda.json, what the tests said to OUT/tests.txt.
+#   bench/gpu.sh OUT [options of python -m bench]
 #
 # SANITIZE=1 also runs the CUDA kernels under compute-sanitizer, which takes minutes more.
 set -eu
@@ -19,7 +20,8 @@ if [ -n "${SANITIZE:-}" ]; then
   done
 fi
 status=0
-timeout 200 "$PYTHON" -m pytest -q tests/gpu > "$OUT/tests.txt" 2>&1 || status=$?
+CUBLAS_WORKSPACE_CONFIG=:4096:8 FASTATTN_TEST_DEVICE=cuda FASTATTN_TEST_BACKENDS=triton,cuda \
+  timeout 200 "$PYTHON" -m pytest -q -n "${JOBS:-8}" tests/gpu tests/ops > "$OUT/tests.txt" 2>&1 || status=$?
 tail -n 15 "$OUT/tests.txt"
 timeout 330 "$PYTHON" -m bench --device cuda --budget 270 --output "$OUT" "$@" || status=$?
 exit $status

@@ -34,40 +34,33 @@ def results(
     return [x.detach() for x in (out, *state, *torch.autograd.grad(loss, wanted))]
 
 
-def check(backend: str, device: str) -> int:
-    """Prints what is wrong, returns how many calls were."""
-    wrong = 0
-    for dtype, bound in BOUNDS.items():
-        for name in feature_maps.names():
-            phi = feature_maps.get(name)
-            for is_causal in (False, True) if phi.is_separable else (False,):
-                for length, dim in ((70, 64), (600, 24), (90, 128)):
-                    options: dict[str, Any] = {
-                        "feature_map": name,
-                        "is_causal": is_causal,
-                        "normalize": phi.is_nonnegative,
-                        "return_state": phi.is_separable,
-                    }
-                    features = phi.num_features(dim)
-                    q, k, v = (torch.randn(2, heads, length, dim) for heads in (4, 2, 2))
-                    if name in ("features", "relu"):
-                        q, k = q.abs() + 0.1, k.abs() + 0.1
-                    z = torch.zeros(2, 2, features)
-                    tensors = [*(x.to(dtype) for x in (q, k, v)), torch.zeros(*z.shape, dim), z]
-                    do = torch.randn(2, 4, length, dim).to(dtype)
-                    ours = results([x.to(device) for x in tensors], do.to(device), backend, options)
-                    right = results(
-                        [x.double() for x in tensors], do.double(), "reference", options
-                    )
-                    errors = [
-                        float((a.cpu().double() - b).norm() / (b.norm() + 0.01 * b.numel() ** 0.5))
-                        for a, b in zip(ours, right, strict=True)
-                    ]
-                    if not max(errors) <= bound:
-                        wrong += 1
-                        shape = f"N={length} D={dim}"
-                        kind = "causal" if is_causal else "full"
-                        print(backend, dtype, name, kind, shape, errors)
+def check(backend: str, device: str, name: str, dtype: torch.dtype) -> list[str]:
+    """What is wrong with a feature map's calls: nothing, or a line for each that is."""
+    wrong = []
+    phi = feature_maps.get(name)
+    for is_causal in (False, True) if phi.is_separable else (False,):
+        for length, dim in ((70, 64), (600, 24), (90, 128)):
+            options: dict[str, Any] = {
+                "feature_map": name,
+                "is_causal": is_causal,
+                "normalize": phi.is_nonnegative,
+                "return_state": phi.is_separable,
+            }
+            q, k, v = (torch.randn(2, heads, length, dim) for heads in (4, 2, 2))
+            if name in ("features", "relu"):
+                q, k = q.abs() + 0.1, k.abs() + 0.1
+            z = torch.zeros(2, 2, phi.num_features(dim))
+            tensors = [*(x.to(dtype) for x in (q, k, v)), torch.zeros(*z.shape, dim), z]
+            do = torch.randn(2, 4, length, dim).to(dtype)
+            ours = results([x.to(device) for x in tensors], do.to(device), backend, options)
+            right = results([x.double() for x in tensors], do.double(), "reference", options)
+            errors = [
+                float((a.cpu().double() - b).norm() / (b.norm() + 0.01 * b.numel() ** 0.5))
+                for a, b in zip(ours, right, strict=True)
+            ]
+            if not max(errors) <= BOUNDS[dtype]:
+                kind = "causal" if is_causal else "full"
+                wrong.append(f"{backend} {dtype} {name} {kind} N={length} D={dim}: {errors}")
     return wrong
 
 
@@ -77,8 +70,14 @@ def main() -> int:
     parser.add_argument("--backend", default="cuda")
     args = parser.parse_args()
     torch.manual_seed(0)
-    wrong = check(args.backend, args.device)
-    print(f"{wrong} calls are wrong" if wrong else "every call agrees with the reference")
+    wrong = [
+        line
+        for dtype in BOUNDS
+        for name in feature_maps.names()
+        for line in check(args.backend, args.device, name, dtype)
+    ]
+    print(*wrong, sep="\n")
+    print(f"{len(wrong)} calls are wrong" if wrong else "every call agrees with the reference")
     return 1 if wrong else 0
 
 

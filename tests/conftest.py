@@ -21,7 +21,11 @@ from fastattn import backends
 # TRITON_INTERPRET=1 FASTATTN_TEST_BACKENDS=triton pytest tests/ops tests/backends/triton
 BACKENDS = os.environ.get("FASTATTN_TEST_BACKENDS", "reference,cpu").split(",")
 
-INTERPRETED = BACKENDS == ["triton"]
+# On a machine with a GPU, the same tests on its tensors, by the backends that have kernels for it:
+# FASTATTN_TEST_DEVICE=cuda FASTATTN_TEST_BACKENDS=triton,cuda pytest tests/ops
+DEVICE = os.environ.get("FASTATTN_TEST_DEVICE", "cpu")
+INTERPRETED = BACKENDS == ["triton"] and DEVICE == "cpu"
+KERNELS_ONLY = not {"reference", "cpu"} & set(BACKENDS)
 # What the interpreter leaves out: numpy needs minutes for these, or copies 8 GB of address space.
 TOO_LARGE = (
     "test_64k_tokens_do_not_drift",
@@ -34,22 +38,33 @@ TOO_LARGE = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With Triton's interpreter, only what runs on a backend, and nothing in float64, which it has
-    no kernels for."""
-    if not INTERPRETED:
+    """With a GPU's kernels alone, only what runs on a backend, and nothing in float64, which they
+    don't have; interpreted, nothing large either."""
+    if not KERNELS_ONLY:
         return
+    unwanted = ["float64", "gradcheck"]
+    unwanted += [f"{name}-{part}1-" for name in BACKENDS for part in ("dtype", "given")]
+    if INTERPRETED:
+        unwanted += TOO_LARGE
+    else:  # a file as memory; tests/gpu has its like
+        unwanted.append("test_offsets_beyond_32_bits")
 
     def wanted(item: pytest.Item) -> bool:
-        if any(
-            part in item.nodeid
-            for part in (*TOO_LARGE, "float64", "gradcheck", "triton-dtype1-", "triton-given1-")
-        ):
+        if any(part in item.nodeid for part in unwanted):
             return False
-        ours = "backends/triton" in item.nodeid
-        return ours or "backend" in getattr(item, "fixturenames", ())
+        of_kernels = any(folder in item.nodeid for folder in ("backends/triton", "tests/gpu"))
+        return of_kernels or "backend" in getattr(item, "fixturenames", ())
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
     items[:] = [item for item in items if wanted(item)]
+
+
+@pytest.fixture(autouse=DEVICE != "cpu")
+def _on_device() -> Iterator[None]:
+    """Every tensor that a test makes is made there."""
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 def require_backend(name: str) -> None:
@@ -85,7 +100,8 @@ def seed() -> int:
 def poison() -> Iterator[None]:
     """Memory that torch hands out uninitialised is full of NaN, so what a kernel forgets shows."""
     assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    # Some of torch's own sums on a GPU have no deterministic form, and would raise.
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

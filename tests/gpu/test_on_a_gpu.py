@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import gpu_check, plain
-from fastattn import LinearAttentionState, linear_attention, linear_attention_step
+from fastattn import LinearAttentionState, feature_maps, linear_attention, linear_attention_step
 
 causal = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 
@@ -41,9 +41,11 @@ def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, results
 
 
-def test_agrees_with_the_reference(gpu_backend: str) -> None:
-    """Every feature map, type and form, forward and backward."""
-    assert gpu_check.check(gpu_backend, "cuda") == 0
+@pytest.mark.parametrize("dtype", gpu_check.BOUNDS, ids=str)
+@pytest.mark.parametrize("feature_map", feature_maps.names())
+def test_agrees_with_the_reference(gpu_backend: str, feature_map: str, dtype: torch.dtype) -> None:
+    """Both forms, forward and backward."""
+    assert not gpu_check.check(gpu_backend, "cuda", feature_map, dtype)
 
 
 @causal

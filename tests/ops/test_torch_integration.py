@@ -265,7 +265,7 @@ def test_autocast_gives_the_dtype_of_sdpa(
     backend: str, dtype: torch.dtype, given: torch.dtype
 ) -> None:
     query, key, value = (torch.randn(1, 2, 6, 8, dtype=given, requires_grad=True) for _ in range(3))
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(query.device.type, dtype):
         out, state = linear_attention(query, key, value, return_state=True, backend=backend)
         assert out.dtype == F.scaled_dot_product_attention(query, key, value).dtype
         sums = torch.float64 if given == torch.float64 else torch.float32

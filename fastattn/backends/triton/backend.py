@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastattn.backends import Gradients, Inputs, Outputs
 from fastattn.backends.triton import plan as plans
+from fastattn.backends.triton import table
 from fastattn.backends.triton.launch import ALIGNMENT, INTERPRETED
 from fastattn.backends.triton.plan import Plan, Target
-from fastattn.backends.triton.table import segment_tokens
 from fastattn.ops.problem import Problem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,7 +130,7 @@ class TritonBackend:
         if not problem.is_causal:
             efficient = problem.feature_map == "efficient"
             return problem.state_batch, problem.feature_dim if efficient else 0
-        segment = segment_tokens(problem.feature_dim, problem.value_dim)
+        segment = table.segment_tokens(problem.feature_dim, problem.value_dim)
         if problem.num_sequences is not None:
             return problem.key_length // segment + problem.num_sequences, 0
         return problem.batch * torch.sym_max(1, (problem.key_length + segment - 1) // segment), 0

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from fastattn.backends.triton import causal, noncausal, recurrent, states
+from fastattn.backends.triton import causal, noncausal, recurrent, states, table
 from fastattn.backends.triton.launch import Step, Tile
 from fastattn.backends.triton.segments import packed_rows, rows_per_sequence
 from fastattn.backends.triton.table import (
     FOLD_BLOCK,
     SHORT_TOKENS,
     TILES,
-    segment_tokens,
     shares_out_segments,
 )
 from fastattn.ops.problem import Problem
@@ -63,7 +62,7 @@ class Sizes:
         self.features, self.values = p.feature_dim, p.value_dim
         self.packed = p.num_sequences is not None
         self.sequences = p.state_batch
-        self.segment = segment_tokens(self.features, self.values)
+        self.segment = table.segment_tokens(self.features, self.values)
         self.block_f = round_up_to_power_of_2(self.features)
         operand = 2 if p.dtype == torch.bfloat16 and kind != "recurrent" else 4
         self.tile: Tile = TILES[kind, operand][self.block_f]
