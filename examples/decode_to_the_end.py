@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastattn
+from fastattn.cli.options import has_bf16, set_up
 from fastattn.generation import ConsistentTopK, ConsistentTopP, SelfTerminatingHead
 from fastattn.recipes.progress import progress
 
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
+    set_up(None)
 
     words, vocabulary = read(options.data / "test.txt", None)
     valid, _ = read(options.data / "valid.txt", vocabulary)
@@ -132,7 +133,7 @@ def train(
                 0.55 + 0.45 * math.cos(math.pi * step / steps)
             )
             optimizer.param_groups[0]["lr"] = 2e-3 * rate
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
                 loss = loss_of(model, found[int(torch.randint(len(found), ()))])
             optimizer.zero_grad()
             loss.backward()

@@ -16,14 +16,13 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harvest
 
 import fastattn
-from fastattn.cli.options import has_bf16
+from fastattn.cli.options import has_bf16, set_up
 from fastattn.recipes.arguments import Arguments
 from fastattn.recipes.compare import compare
 from fastattn.recipes.comparison import plot_comparison, print_comparison
@@ -41,8 +40,7 @@ def main() -> None:
     parser.add_argument("--restart", action="store_true", help="forget what an earlier run did")
     options = parser.parse_args()
     start = time.monotonic()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    set_up(None)
 
     encoder = encoder_folder()
     console.rule("1. Text that every machine has")

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastattn
+from fastattn.cli.options import has_bf16, set_up
 from fastattn.diagnose import (
     adjacent_impact,
     impact_matrix,
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--attention", default="softmax", help="softmax, feature maps, or several")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
+    set_up(None)
 
     corpora = {name: read(options.data / f"{name}_test_gold.txt") for name in CORPORA}
     texts = ["".join(words) for sentences in corpora.values() for words in sentences]
@@ -141,7 +142,7 @@ def train(
             first = draw.randrange(len(encoded) - rows)  # neighbours in length: little padding
             batch = torch.nn.utils.rnn.pad_sequence(encoded[first : first + rows], True, PAD)
             chosen = (torch.rand(batch.shape) < 0.15) & (batch != PAD)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
                 hidden = model.model(
                     input_ids=batch.masked_fill(chosen, MASK), attention_mask=(batch != PAD).long()
                 ).last_hidden_state
