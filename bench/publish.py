@@ -1,7 +1,8 @@
 """``python -m bench.publish``: writes the tables of README and docs from the JSON of a run.
 
-A page marks the places: what stands between ``<!-- bench NAME -->`` and ``<!-- bench end -->`` is
-replaced by the block of that name, so no figure is ever typed in by hand.
+A page marks the places: what stands between ``<!-- bench NAME RESULT -->`` and
+``<!-- bench end -->`` is replaced by the block of that name, made from
+``bench/results/RESULT.json``, so no figure is ever typed in by hand.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from bench.floors import ratio, seconds
 from bench.report import GROUPS, case_rows, duration, floor_rows, memory_rows, times
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "bench" / "results" / "cpu.json"
+RESULTS = ROOT / "bench" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-_MARK = re.compile(r"(<!-- bench (\w+) -->\n).*?(<!-- bench end -->)", re.DOTALL)
+_MARK = re.compile(r"(<!-- bench (\w+) ([\w-]+) -->\n).*?(<!-- bench end -->)", re.DOTALL)
 
 # The rows of README: one line for each thing that people ask first.
 _SUMMARY = (
@@ -87,25 +88,30 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def fill(text: str, result: dict[str, Any]) -> str:
+def fill(text: str, results: Path = RESULTS) -> str:
     """The page with its marked places written anew.
 
     Raises:
         KeyError: a mark names no block.
+        FileNotFoundError: a mark names no result.
     """
-    return _MARK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]](result)}\n{m[3]}", text)
+
+    def block(mark: re.Match[str]) -> str:
+        make = BLOCKS[mark[2]]
+        result = json.loads((results / f"{mark[3]}.json").read_text())
+        return f"{mark[1]}{make(result)}\n{mark[4]}"
+
+    return _MARK.sub(block, text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.publish", description=__doc__)
-    parser.add_argument("--result", type=Path, default=RESULT, help="JSON of a full run")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
     args = parser.parse_args()
-    result = json.loads(args.result.read_text())
     stale = []
     for page in PAGES:
         text = page.read_text()
-        filled = fill(text, result)
+        filled = fill(text)
         if filled != text:
             stale.append(page.name)
             if not args.check:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -33,12 +32,13 @@ def test_python_in_the_readme_runs() -> None:
 
 
 def test_figures_are_those_of_the_committed_run() -> None:
-    result = json.loads(publish.RESULT.read_text())
     for page in publish.PAGES:
         text = page.read_text()
-        assert publish.fill(text, result) == text, f"{page.name}: run python -m bench.publish"
+        assert publish.fill(text) == text, f"{page.name}: run python -m bench.publish"
 
 
-def test_an_unknown_block_is_refused() -> None:
+def test_an_unknown_block_or_result_is_refused() -> None:
     with pytest.raises(KeyError, match="nonsense"):
-        publish.fill("<!-- bench nonsense -->\n<!-- bench end -->", {})
+        publish.fill("<!-- bench nonsense cpu -->\n<!-- bench end -->")
+    with pytest.raises(FileNotFoundError, match=r"nonsense\.json"):
+        publish.fill("<!-- bench summary nonsense -->\n<!-- bench end -->")
