@@ -12,10 +12,11 @@ Backward, with g_i = do_i / den_i, u_i = S_i g_i, delta_i = -phi(q_i) . u_i / de
     reverse sweep:   dS_j = sum_{i>=j} phi(q_i) g_i^T        dphi(k_j) = dS_j v_j + dz_j
                      dz_j = sum_{i>=j} delta_i phi(q_i)      dv_j = dS_j^T phi(k_j)
 
-A program takes one segment after another, the last one first, with the sums of all later ones at
-hand: forward sweep, then reverse sweep (sweeps.py), each from the segment's own end. Where there
-are fewer heads than multiprocessors, two launches share the segments out: one for the forward
-sweeps and every segment's sums, a fold of these, and one for the reverse sweeps.
+The forward sweep also leaves the segment's sums dS and dz, from zero; the reverse sweep runs on
+from the sums of all later segments. A program takes one segment after another, the last first:
+forward sweep, then reverse sweep (sweeps.py), each from the segment's own end. Where there are
+fewer heads than multiprocessors, two launches share the segments out: one for the forward sweeps, a fold
+of the sums, and one for the reverse sweeps.
 
 Walking the state backwards by subtraction would save reading a segment again, but is wrong where
 its features differ by many orders of magnitude: what is left of a large sum is its rounding.
@@ -23,7 +24,7 @@ its features differ by many orders of magnitude: what is left of a large sum is 
 Bytes per token and head, 16-bit inputs, D = Dv = d, states (4 d^2 each) apart: forward 8d with one
 program a head; 12d where segments are shared out, since their sums read k and v once more.
 Backward 14d with one program a head, and its segment's q, k, v and do once more (8d) right after;
-where segments are shared out 10d and 12d, and q and do once more (4d). bench/traffic.py counts.
+where segments are shared out 10d and 12d. bench/traffic.py counts.
 
 The loop over a group's query heads has constant bounds, so that one head leaves no loop: only
 innermost loops are pipelined.
