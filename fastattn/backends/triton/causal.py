@@ -15,8 +15,8 @@ Backward, with g_i = do_i / den_i, u_i = S_i g_i, delta_i = -phi(q_i) . u_i / de
 The forward sweep also leaves the segment's sums dS and dz, from zero; the reverse sweep runs on
 from the sums of all later segments. A program takes one segment after another, the last first:
 forward sweep, then reverse sweep (sweeps.py), each from the segment's own end. Where there are
-fewer heads than multiprocessors, two launches share the segments out: one for the forward sweeps, a fold
-of the sums, and one for the reverse sweeps.
+fewer heads than multiprocessors, two launches share the segments out: one for the forward
+sweeps, a fold of the sums, and one for the reverse sweeps.
 
 Walking the state backwards by subtraction would save reading a segment again, but is wrong where
 its features differ by many orders of magnitude: what is left of a large sum is its rounding.
