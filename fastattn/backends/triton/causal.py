@@ -12,10 +12,11 @@ Backward, with g_i = do_i / den_i, u_i = S_i g_i, delta_i = -phi(q_i) . u_i / de
     reverse sweep:   dS_j = sum_{i>=j} phi(q_i) g_i^T        dphi(k_j) = dS_j v_j + dz_j
                      dz_j = sum_{i>=j} delta_i phi(q_i)      dv_j = dS_j^T phi(k_j)
 
-A program takes one segment after another, the last one first, with the sums of all later ones at
-hand: forward sweep, then reverse sweep (sweeps.py), each from the segment's own end. Where there
-are fewer heads than multiprocessors, two launches share the segments out: one for the forward
-sweeps and every segment's sums, a fold of these, and one for the reverse sweeps.
+The forward sweep also leaves the segment's sums dS and dz, from zero; the reverse sweep runs on
+from the sums of all later segments. A program takes one segment after another, the last first:
+forward sweep, then reverse sweep (sweeps.py), each from the segment's own end. Where there are
+fewer heads than multiprocessors, two launches share the segments out: one for the forward
+sweeps, a fold of the sums, and one for the reverse sweeps.
 
 Walking the state backwards by subtraction would save reading a segment again, but is wrong where
 its features differ by many orders of magnitude: what is left of a large sum is its rounding.
@@ -23,7 +24,7 @@ its features differ by many orders of magnitude: what is left of a large sum is 
 Bytes per token and head, 16-bit inputs, D = Dv = d, states (4 d^2 each) apart: forward 8d with one
 program a head; 12d where segments are shared out, since their sums read k and v once more.
 Backward 14d with one program a head, and its segment's q, k, v and do once more (8d) right after;
-where segments are shared out 10d and 12d, and q and do once more (4d). bench/traffic.py counts.
+where segments are shared out 10d and 12d. bench/traffic.py counts.
 
 The loop over a group's query heads has constant bounds, so that one head leaves no loop: only
 innermost loops are pipelined.
@@ -161,8 +162,8 @@ def backward(
     CHUNK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both passes in one launch: one kv head of one sequence a program, its last segment first,
-    with the sums T of all later ones at hand."""
+    """Both passes in one launch: one kv head of one sequence a program, its last segment first.
+    The sums T of all later segments wait in memory while it sweeps forward."""
     sequence, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     features, values = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_V)
     batch, first, tokens = tokens_of(sequence, cu, length, PACKED)
@@ -170,14 +171,14 @@ def backward(
     row = first_row(sequence, cu, rows_of_sequence, SEGMENT, PACKED)
     state = sequence * num_kv_heads + head
     T, T_z = load_state(start_S, start_z, state, features, values, HAS_START, D, DV, MAP)
+    store_state(dS, dz, T, T_z, state, features, values, True, D, DV, MAP)
     for i in range(segments):
         segment = segments - 1 - i
         begin = segment * SEGMENT
         end = tl.minimum(tokens, begin + SEGMENT)
         own = (row + segment) * num_kv_heads + head
-        store_state(dS, dz, T, T_z, own, features, values, True, D, DV, MAP)
         S_tile, z_tile = load_state(S, z, own, features, values, True, D, DV, MAP)
-        sweep_forward(
+        L, L_z = sweep_forward(
             query, key, value, mask, grad_out, grad_query, grad_query, factors, S_tile, z_tile,
             batch, head, first, begin, end, length, num_heads, values, 0, scale, eps,
             query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
@@ -187,20 +188,22 @@ def backward(
             OPERAND, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()  # row factors and T come from other threads
-        T, T_z = load_state(dS, dz, own, features, values, True, D, DV, MAP)
-        L, L_z = sweep_reverse(
+        T, T_z = load_state(dS, dz, state, features, values, True, D, DV, MAP)
+        tl.debug_barrier()  # all have T before any replaces it
+        store_state(dS, dz, T + L, T_z + L_z, state, features, values, True, D, DV, MAP)
+        sweep_reverse(
             query, key, value, mask, grad_out, grad_key, grad_value, grad_key, factors, T, T_z,
             batch, head, first, begin, end, length, num_heads, num_kv_heads, values, 0, scale,
             query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
             value_b, value_h, value_n, value_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
             grad_key_b, grad_key_h, grad_key_n, grad_key_d,
             grad_value_b, grad_value_h, grad_value_n, grad_value_d, mask_b, mask_n,
-            True, D, DV, GROUP, MAP, NORMALIZE, HAS_MASK, UNIT, CHUNK, BLOCK_F, BLOCK_V, 1,
+            D, DV, GROUP, MAP, NORMALIZE, HAS_MASK, UNIT, CHUNK, BLOCK_F, BLOCK_V, 1,
             OPERAND, PRECISION,
         )  # fmt: skip
-        T, T_z = load_state(dS, dz, own, features, values, True, D, DV, MAP)
-        T, T_z = T + L, T_z + L_z
     if HAS_INITIAL:
+        tl.debug_barrier()
+        T, T_z = load_state(dS, dz, state, features, values, True, D, DV, MAP)
         store_state(end_S, end_z, T, T_z, state, features, values, True, D, DV, MAP)
 
 
@@ -230,23 +233,13 @@ def backward_segments(
     end = tl.minimum(tokens, begin + SEGMENT)
     own = row * num_kv_heads + head
     S_tile, z_tile = load_state(S, z, own, features, values, begin < tokens, D, DV, MAP)
-    sweep_forward(
+    L, L_z = sweep_forward(
         query, key, value, mask, grad_out, grad_query, sums, factors, S_tile, z_tile,
         batch, head, first, begin, end, length, num_heads, values, value_tile, scale, eps,
         query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
         value_b, value_h, value_n, value_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
         grad_query_b, grad_query_h, grad_query_n, grad_query_d, mask_b, mask_n,
         D, DV, GROUP, MAP, NORMALIZE, HAS_MASK, UNIT, CHUNK, BLOCK_F, BLOCK_V, VALUE_TILES,
-        OPERAND, PRECISION,
-    )  # fmt: skip
-    tl.debug_barrier()  # the row factors come from other threads
-    L, L_z = sweep_reverse(
-        query, key, value, mask, grad_out, key, value, sums, factors, S_tile, z_tile,
-        batch, head, first, begin, end, length, num_heads, num_kv_heads, values, value_tile, scale,
-        query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
-        value_b, value_h, value_n, value_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
-        key_b, key_h, key_n, key_d, value_b, value_h, value_n, value_d, mask_b, mask_n,
-        False, D, DV, GROUP, MAP, NORMALIZE, HAS_MASK, UNIT, CHUNK, BLOCK_F, BLOCK_V, VALUE_TILES,
         OPERAND, PRECISION,
     )  # fmt: skip
     if VALUE_TILES > 1:
@@ -291,6 +284,6 @@ def backward_keys(
         value_b, value_h, value_n, value_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
         grad_key_b, grad_key_h, grad_key_n, grad_key_d,
         grad_value_b, grad_value_h, grad_value_n, grad_value_d, mask_b, mask_n,
-        True, D, DV, GROUP, MAP, NORMALIZE, HAS_MASK, UNIT, CHUNK, BLOCK_F, BLOCK_V, VALUE_TILES,
+        D, DV, GROUP, MAP, NORMALIZE, HAS_MASK, UNIT, CHUNK, BLOCK_F, BLOCK_V, VALUE_TILES,
         OPERAND, PRECISION,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from fastattn.backends.triton.table import (
     SHORT_TOKENS,
     TILES,
     shares_out_segments,
+    sweeps_in_one_program,
 )
 from fastattn.ops.problem import Problem
 
@@ -64,8 +65,8 @@ class Sizes:
         self.sequences = p.state_batch
         self.segment = table.segment_tokens(self.features, self.values)
         self.block_f = round_up_to_power_of_2(self.features)
-        operand = 2 if p.dtype == torch.bfloat16 and kind != "recurrent" else 4
-        self.tile: Tile = TILES[kind, operand][self.block_f]
+        self.operand_bytes = 2 if p.dtype == torch.bfloat16 and kind != "recurrent" else 4
+        self.tile: Tile = TILES[kind, self.operand_bytes][self.block_f]
         self.block_v = min(round_up_to_power_of_2(self.values), self.tile.block_v)
         self.value_tiles = -(-self.values // self.block_v)
         self.states = self.sequences * p.num_kv_heads
@@ -356,7 +357,11 @@ def _full_backward(p: Problem, target: Target, has_grad_state: bool) -> Plan:
 
 def _causal_backward(p: Problem, target: Target, has_grad_state: bool) -> Plan:
     sizes = Sizes(p, "causal backward")
-    whole = sizes.value_tiles == 1 and not sizes.shares_out(p.key_length, target.multiprocessors)
+    whole = (
+        sizes.value_tiles == 1
+        and sweeps_in_one_program(sizes.block_f, sizes.operand_bytes, p.feature_map)
+        and not sizes.shares_out(p.key_length, target.multiprocessors)
+    )
     name = "one launch" if whole else "shared-out segments"
     planner = Planner(f"causal backward, {name}", p, "causal backward", target)
     s = planner.sizes
@@ -364,7 +369,7 @@ def _causal_backward(p: Problem, target: Target, has_grad_state: bool) -> Plan:
     factors = 2 * p.batch * p.num_heads * p.query_length if p.normalize else 0
     programs = s.all_rows(p.key_length) * p.num_kv_heads
     parts = {"dS": "parts_S", "dz": "parts_z"}
-    planner.workspace_states("parts_S", "parts_z", programs)
+    planner.workspace_states("parts_S", "parts_z", s.states if whole else programs)
     if whole:
         planner.workspace("factors", factors)
         planner.step(

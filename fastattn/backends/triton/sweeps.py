@@ -53,9 +53,10 @@ def sweep_forward(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of a segment that begins with the state (S, z), and the factors of its rows: what do has
-    to be multiplied with to give g, and delta."""
+    to be multiplied with to give g, and delta. Returns the segment's sums dS and dz."""
     rows, features = tl.arange(0, CHUNK), tl.arange(0, BLOCK_F)
-    ones = lower(tl.full((CHUNK, CHUNK), 1.0, tl.float32), CHUNK)
+    L = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
+    L_z = tl.zeros((BLOCK_F,), tl.float32)
     for t in tl.range(begin, end, CHUNK, disable_licm=True):
         in_range = rows < end - t
         keep = keys_kept(mask, batch, first + t, rows, in_range, mask_b, mask_n, HAS_MASK)
@@ -75,22 +76,21 @@ def sweep_forward(
             )
             do = operand(do, OPERAND)
             phi_q, norm = phi_of_queries(q, features, scale, D, BLOCK_F, MAP, NORMALIZE)
-            dA = operand(
-                lower(matmul(do, tl.trans(operand(v, OPERAND)), PRECISION), CHUNK), OPERAND
-            )
-            dphi = flipped_matmul(do, tl.trans(operand(S, OPERAND)), PRECISION)
-            dphi = flipped_matmul_add(dA, keys, dphi, PRECISION)
+            scaled = operand(phi_q, OPERAND)
             if NORMALIZE:
-                A = lower(matmul(operand(phi_q, OPERAND), tl.trans(keys), PRECISION), CHUNK)
+                A = lower(matmul(scaled, tl.trans(keys), PRECISION), CHUNK)
                 den = tl.sum(A, 1) + tl.sum(phi_q * z[None, :], 1)
                 inverse = inverse_denominator_of_gradient(den, eps)
+                scaled = operand(phi_q * inverse[:, None], OPERAND)
+            dphi = flipped_matmul(do, tl.trans(operand(S, OPERAND)), PRECISION)
+            dA = lower(matmul(do, tl.trans(operand(v, OPERAND)), PRECISION), CHUNK)
+            dphi = flipped_matmul_add(operand(dA, OPERAND), keys, dphi, PRECISION)
+            L = matmul_add(tl.trans(scaled), do, L, PRECISION)
+            if NORMALIZE:
                 dphi *= inverse[:, None]
                 delta = -tl.sum(phi_q * dphi, 1) * denominator_slope(den, eps)
-                if BLOCK_F > 128:  # fewer registers, measured
-                    z_chunk = matmul(operand(ones, OPERAND), keys, PRECISION)
-                else:
-                    z_chunk = flipped_matmul(operand(ones, OPERAND), keys, PRECISION)
-                dphi += delta[:, None] * (z[None, :] + z_chunk)
+                L_z += tl.sum(delta[:, None] * phi_q, 0)
+                dphi += delta[:, None] * (z[None, :] + tl.cumsum(phi_k, 0))
                 row = factors_of(factors, batch, h, num_heads, length, first + t)
                 tl.store(row + 2 * rows, inverse, mask=in_range)
                 tl.store(row + 2 * rows + 1, delta, mask=in_range)
@@ -106,6 +106,7 @@ def sweep_forward(
                 dq_row, dq, rows, features, complete, grad_query_n, grad_query_d, D, BLOCK_F, UNIT
             )
         S, z = add_key(S, z, phi_k, v, OPERAND, PRECISION)
+    return L, L_z
 
 
 @triton.jit
@@ -116,35 +117,28 @@ def sweep_reverse(
     value_b, value_h, value_n, value_d, grad_out_b, grad_out_h, grad_out_n, grad_out_d,
     grad_key_b, grad_key_h, grad_key_n, grad_key_d,
     grad_value_b, grad_value_h, grad_value_n, grad_value_d, mask_b, mask_n,
-    WRITE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, MAP: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, VALUE_TILES: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The segment's own sums of phi(q) g^T and delta phi(q), last chunk first. With WRITE dk and dv
-    as well, given the sums T of all later segments."""
+    """dk and dv of a segment, last chunk first; (T, T_z) are the sums dS and dz of all later
+    tokens, to begin with those of later segments."""
     rows, features = tl.arange(0, CHUNK), tl.arange(0, BLOCK_F)
-    L = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-    L_z = tl.zeros((BLOCK_F,), tl.float32)
-    later = operand(T, OPERAND)
     chunks = tl.cdiv(end - begin, CHUNK)
     for c in tl.range(0, chunks, disable_licm=True):
         t = begin + (chunks - 1 - c) * CHUNK
         in_range = rows < end - t
-        if WRITE:
-            keep = keys_kept(mask, batch, first + t, rows, in_range, mask_b, mask_n, HAS_MASK)
-            key_row = at(key, batch, head, first + t, key_b, key_h, key_n, UNIT)
-            value_row = at(value, batch, head, first + t, value_b, value_h, value_n, UNIT)
-            k = load_tile(key_row, rows, features, keep, key_n, key_d, D, BLOCK_F, UNIT)
-            v = load_tile(value_row, rows, values, keep, value_n, value_d, DV, BLOCK_V, UNIT)
-            phi_k, norm = phi_of_keys(k, features, keep, T_z, D, BLOCK_F, MAP)
-            keys, v = operand(phi_k, OPERAND), operand(v, OPERAND)
-            own = operand(L, OPERAND)
-            dphi = flipped_matmul(v, tl.trans(later), PRECISION) + (T_z + L_z)[None, :]
-            dphi = flipped_matmul_add(v, tl.trans(own), dphi, PRECISION)
-            dv = flipped_matmul(keys, later, PRECISION)
-            dv = flipped_matmul_add(keys, own, dv, PRECISION)
+        keep = keys_kept(mask, batch, first + t, rows, in_range, mask_b, mask_n, HAS_MASK)
+        key_row = at(key, batch, head, first + t, key_b, key_h, key_n, UNIT)
+        value_row = at(value, batch, head, first + t, value_b, value_h, value_n, UNIT)
+        k = load_tile(key_row, rows, features, keep, key_n, key_d, D, BLOCK_F, UNIT)
+        v = load_tile(value_row, rows, values, keep, value_n, value_d, DV, BLOCK_V, UNIT)
+        phi_k, norm = phi_of_keys(k, features, keep, T_z, D, BLOCK_F, MAP)
+        keys, v = operand(phi_k, OPERAND), operand(v, OPERAND)
+        later = operand(T, OPERAND)
+        dphi = flipped_matmul(v, tl.trans(later), PRECISION) + T_z[None, :]
+        dv = flipped_matmul(keys, later, PRECISION)
         for member in range(GROUP):
             h = head * GROUP + member
             query_row = at(query, batch, h, first + t, query_b, query_h, query_n, UNIT)
@@ -156,38 +150,32 @@ def sweep_reverse(
             do = operand(do, OPERAND)
             phi_q, _ = phi_of_queries(q, features, scale, D, BLOCK_F, MAP, NORMALIZE)
             queries = operand(phi_q, OPERAND)
+            A = lower(matmul(queries, tl.trans(keys), PRECISION), CHUNK)
+            dA = matmul(do, tl.trans(v), PRECISION)
             scaled = queries
             if NORMALIZE:
                 row = factors_of(factors, batch, h, num_heads, length, first + t)
                 inverse = tl.load(row + 2 * rows, mask=in_range, other=0.0)
                 delta = tl.load(row + 2 * rows + 1, mask=in_range, other=0.0)
+                A *= inverse[:, None]
+                dA = dA * inverse[:, None] + delta[:, None]
                 scaled = operand(phi_q * inverse[:, None], OPERAND)
-                L_z += tl.sum(delta[:, None] * phi_q, 0)
-            L = matmul_add(tl.trans(scaled), do, L, PRECISION)
-            if WRITE:
-                A = lower(matmul(queries, tl.trans(keys), PRECISION), CHUNK)
-                dA = matmul(do, tl.trans(v), PRECISION)
-                if NORMALIZE:
-                    A *= inverse[:, None]
-                    dA = dA * inverse[:, None] + delta[:, None]
-                dv = flipped_matmul_add(tl.trans(operand(A, OPERAND)), do, dv, PRECISION)
-                dA = tl.trans(operand(lower(dA, CHUNK), OPERAND))
-                dphi = flipped_matmul_add(dA, queries, dphi, PRECISION)
-        if WRITE:
-            dk = chain_keys(phi_k, norm, dphi, features, keep, T_z, D, MAP)
-            dv_row = at(
-                grad_value, batch, head, first + t, grad_value_b, grad_value_h, grad_value_n, UNIT
-            )
-            dv = tl.where(keep[:, None], dv, 0.0)
-            store_tile(
-                dv_row, dv, rows, values, in_range, grad_value_n, grad_value_d, DV, BLOCK_V, UNIT
-            )
-            dk, complete = sum_over_value_tiles(
-                sums, dk, batch, head, num_kv_heads, first + t, length, rows, features, in_range,
-                value_tile, VALUE_TILES, D, BLOCK_F,
-            )  # fmt: skip
-            dk_row = at(grad_key, batch, head, first + t, grad_key_b, grad_key_h, grad_key_n, UNIT)
-            store_tile(
-                dk_row, dk, rows, features, complete, grad_key_n, grad_key_d, D, BLOCK_F, UNIT
-            )
-    return L, L_z
+                T_z += tl.sum(delta[:, None] * phi_q, 0)
+            dv = flipped_matmul_add(tl.trans(operand(A, OPERAND)), do, dv, PRECISION)
+            dA = tl.trans(operand(lower(dA, CHUNK), OPERAND))
+            dphi = flipped_matmul_add(dA, queries, dphi, PRECISION)
+            T = matmul_add(tl.trans(scaled), do, T, PRECISION)
+        dk = chain_keys(phi_k, norm, dphi, features, keep, T_z, D, MAP)
+        dv_row = at(
+            grad_value, batch, head, first + t, grad_value_b, grad_value_h, grad_value_n, UNIT
+        )
+        dv = tl.where(keep[:, None], dv, 0.0)
+        store_tile(
+            dv_row, dv, rows, values, in_range, grad_value_n, grad_value_d, DV, BLOCK_V, UNIT
+        )
+        dk, complete = sum_over_value_tiles(
+            sums, dk, batch, head, num_kv_heads, first + t, length, rows, features, in_range,
+            value_tile, VALUE_TILES, D, BLOCK_F,
+        )  # fmt: skip
+        dk_row = at(grad_key, batch, head, first + t, grad_key_b, grad_key_h, grad_key_n, UNIT)
+        store_tile(dk_row, dk, rows, features, complete, grad_key_n, grad_key_d, D, BLOCK_F, UNIT)

@@ -50,7 +50,7 @@ TILES: dict[tuple[str, int], dict[int, Tile]] = {
         16: Tile(32, 64, 4, 3),
         32: Tile(32, 64, 4, 3),
         64: Tile(32, 64, 4, 3),
-        128: Tile(32, 64, 8, 2),
+        128: Tile(32, 128, 8, 2),
         256: Tile(32, 32, 8, 2),
         512: Tile(16, 16, 8, 1),
     },
@@ -65,8 +65,8 @@ TILES: dict[tuple[str, int], dict[int, Tile]] = {
     ("causal backward", 2): {
         16: Tile(16, 64, 4, 2),
         32: Tile(16, 64, 4, 2),
-        64: Tile(16, 64, 8, 2),
-        128: Tile(16, 128, 8, 2),
+        64: Tile(16, 64, 8, 1),
+        128: Tile(16, 128, 8, 1),
         256: Tile(16, 16, 8, 2),
         512: Tile(16, 16, 8, 1),
     },
@@ -103,3 +103,12 @@ def shares_out_segments(programs: int, multiprocessors: int) -> bool:
     """Whether the segments of a sequence go to programs of their own (two more launches and another
     reading of what is summed), because whole sequences would not occupy the GPU."""
     return programs < multiprocessors
+
+
+def sweeps_in_one_program(padded_features: int, operand_bytes: int, feature_map: str) -> bool:
+    """Whether one launch may do both sweeps of the causal backward. Where operands are wider, or
+    phi's derivative needs sums over features, one kernel of both spills registers, and either
+    alone does not: two launches then, whatever the number of heads."""
+    if padded_features <= 32:
+        return True
+    return operand_bytes == 2 and feature_map not in ("softmax", "cosine")

@@ -15,13 +15,6 @@ from fastattn.backends.triton import aot, launch, plan
 
 # Bytes of stack per thread by head size: what a kernel may spill.
 MOST_SPILLED = {32: 0, 64: 0, 128: 512, 256: 1280}
-# The causal backward of d = 64 where operands are wider or phi needs sums: on some GPUs some bytes
-# that one launch for both sweeps keeps from segment to segment do not fit.
-EXCEPTIONS = {
-    aot.Call(64, torch.float32, is_causal=True): 32,
-    aot.Call(64, torch.float16, is_causal=True): 144,
-    aot.Call(64, feature_map="softmax", is_causal=True): 24,
-}
 
 
 # All of it takes four minutes of one core where nothing is cached. Every call for the GPU with the
@@ -47,8 +40,7 @@ def test_every_shipped_kernel(call: aot.Call, arch: str) -> None:
         assert measured.registers > 0
         if measured.shared > aot.ARCHS[arch].shared:
             wrong.append(f"{measured.kernel}: {measured.shared} bytes of shared memory")
-        bound = EXCEPTIONS.get(call, MOST_SPILLED[call.head_dim])
-        if measured.spilled > bound:
+        if measured.spilled > MOST_SPILLED[call.head_dim]:
             wrong.append(f"{measured.kernel}: {measured.spilled} bytes spilled")
     assert not wrong
 
