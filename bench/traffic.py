@@ -148,16 +148,16 @@ class Call:
 
 
 # Causal: segments shared out are read by two launches (12d and 22d). What a program reads again is
-# partly in its cache. A state of d = 128 is split by values, and each half reads queries and keys.
+# partly in its cache.
 CALLS = (
     Call(False, 512, 64, MANY, (8, 14)),
     Call(False, 2048, 64, MANY, (8, 14)),
     Call(False, 2048, 64, FEW, (8, 14)),
     Call(False, 2048, 128, FEW, (8, 14)),
     Call(True, 2048, 64, MANY, (8, 18)),
-    Call(True, 2048, 64, FEW, (12, 23)),
-    Call(True, 2048, 128, MANY, (12, 21.5)),
-    Call(True, 2048, 128, FEW, (18, 25.5)),
+    Call(True, 2048, 64, FEW, (12, 22)),
+    Call(True, 2048, 128, MANY, (8, 21.5)),
+    Call(True, 2048, 128, FEW, (12, 22)),
 )
 STATES = 3  # d that states, partial sums and row factors may take on top
 
