@@ -154,7 +154,7 @@ CALLS = (
     Call(False, 2048, 64, MANY, (8, 14)),
     Call(False, 2048, 64, FEW, (8, 14)),
     Call(False, 2048, 128, FEW, (8, 14)),
-    Call(True, 2048, 64, MANY, (8, 18)),
+    Call(True, 2048, 64, MANY, (8, 17.75)),
     Call(True, 2048, 64, FEW, (12, 22)),
     Call(True, 2048, 128, MANY, (8, 21.5)),
     Call(True, 2048, 128, FEW, (12, 22)),
