@@ -107,8 +107,8 @@ def shares_out_segments(programs: int, multiprocessors: int) -> bool:
 
 def sweeps_in_one_program(padded_features: int, operand_bytes: int, feature_map: str) -> bool:
     """Whether one launch may do both sweeps of the causal backward. Where operands are wider, or
-    phi's derivative needs sums over features, one kernel of both spills registers, and either
-    alone does not: two launches then, whatever the number of heads."""
+    phi's derivative needs sums over features, one kernel of both spills registers at 64
+    features, and either alone does not: two launches then, whatever the number of heads."""
     if padded_features <= 32:
         return True
     return operand_bytes == 2 and feature_map not in ("softmax", "cosine")
