@@ -20,11 +20,14 @@ namespace fastattn {
 constexpr double kExpClamp = 40.0;
 constexpr double kExpOfClamp = 2.3538526683701998541e17;
 
-// elu(x) + 1 = x + 1 for x > 0, e^x otherwise (Katharopoulos et al. 2020). Never expm1(x) + 1: it
-// cancels for negative x. `exponential` is e^min(x, 0).
+// A NaN must come out as one, not as a feature of 0 or 1: comparisons below are written so that it
+// takes the branch that keeps it.
+
+// elu(x) + 1 = e^min(x, 0) + max(x, 0): x + 1 for x > 0, else e^x (Katharopoulos et al. 2020). Never
+// expm1(x) + 1: it cancels for negative x. `exponential` is the first term, NaN for a NaN.
 template <class Value>
-FASTATTN_HOST_DEVICE Value phi_elu(Value x, Value exponential, Value zero, Value one) {
-  return x > zero ? x + one : exponential;
+FASTATTN_HOST_DEVICE Value phi_elu(Value exponential, Value positive) {
+  return exponential + positive;
 }
 
 template <class Value>
@@ -34,7 +37,7 @@ FASTATTN_HOST_DEVICE Value slope_elu(Value phi, Value one) {
 
 template <class Value>
 FASTATTN_HOST_DEVICE Value phi_relu(Value x, Value zero) {
-  return x > zero ? x : zero;
+  return x < zero ? zero : x;
 }
 
 template <class Value>

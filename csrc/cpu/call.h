@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "features.h"
+#include "lookahead.h"
 #include "operand.h"
 #include "parallel.h"
 #include "segments.h"

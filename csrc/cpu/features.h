@@ -111,11 +111,11 @@ class Features {
  private:
   // Maps that treat queries and keys alike. Elementwise ones take the tile as one long row.
   void apply(int64_t rows, Real* tile, Real* inverse_norm) const {
-    const V nil{}, one = splat(Real{1});
+    const V nil{};
     switch (map_) {
       case FeatureMap::elu:
         each(rows * width_, tile, tile, [=](V x, V) {
-          return phi_elu(x, exp(minimum<Real>(x, nil)), nil, one);
+          return phi_elu(exp(minimum<Real>(nil, x)), maximum<Real>(x, nil));
         });
         return clear_padding(rows, tile);
       case FeatureMap::relu:
@@ -176,10 +176,18 @@ class Features {
     for_rows(rows, tile, [&](int64_t, Real* row) { clear_padding(row); });
   }
 
+  // max f(row[i]) over the features proper, not their padding. A NaN may be passed over.
+  template <class Function>
+  Real largest(const Real* row, Function f) const {
+    const int64_t whole = head_dim_ / L * L;
+    V top = f(load(row + (whole < head_dim_ ? whole : 0)));
+    for (int64_t i = head_dim_ - whole; whole < head_dim_ && i < L; ++i) top[i] = top[0];
+    for (int64_t i = 0; i < whole; i += L) top = maximum<Real>(f(load(row + i)), top);
+    return max_lanes<Real>(top);
+  }
+
   Real largest(const Real* row) const {
-    Real m = row[0];
-    for (int64_t i = 1; i < head_dim_; ++i) m = row[i] > m ? row[i] : m;
-    return m;
+    return largest(row, [](V x) { return x; });
   }
 
   void exp_row(Real* row, Real shift) const {
@@ -192,7 +200,7 @@ class Features {
     const V top = splat(static_cast<Real>(kExpOfClamp));
     for (int64_t i = 0; i < n; i += L) {
       const V x = load(row + i);
-      store(row + i, x > clamp ? top : minimum<Real>(exp(x), below(top)));
+      store(row + i, x > clamp ? top : minimum<Real>(below(top), exp(x)));
     }
   }
 
@@ -214,13 +222,13 @@ class Features {
   // Features [1, x / |x|]; a zero vector has no direction: [1, 0, ...], gradient 0. The row is
   // divided by its largest magnitude first, so that squares neither overflow nor vanish.
   void cosine_row(Real* row, Real* inverse_norm) const {
-    Real top = 0;
-    for (int64_t i = 0; i < head_dim_; ++i) top = std::fabs(row[i]) > top ? std::fabs(row[i]) : top;
+    const Real top = largest(row, [](V x) { return maximum<Real>(x, -x); });
     Real inverse = 0;
-    if (top > 0) {
-      Real sum = 0;
-      for (int64_t i = 0; i < head_dim_; ++i) sum += (row[i] / top) * (row[i] / top);
-      const Real norm = top * std::sqrt(sum);
+    if (top > static_cast<Real>(1e-12) / 32) {  // else the norm of up to 256 numbers is below 1e-12
+      const Real scale = Real{1} / top;
+      V sum{};
+      for (int64_t i = 0; i < width_; i += L) sum += (load(row + i) * scale) * (load(row + i) * scale);
+      const Real norm = top * std::sqrt(sum_lanes<Real>(sum));
       inverse = norm > static_cast<Real>(1e-12) ? Real{1} / norm : Real{0};
     }
     for (int64_t i = head_dim_; i > 0; --i) row[i] = row[i - 1] * inverse;

@@ -105,7 +105,7 @@ struct Features {
     switch (map) {
       case FeatureMap::elu:
         row.each(n.head_dim, [&](int, float& x) {
-          x = phi_elu(x, expf(x > 0 ? 0.0f : x), 0.0f, 1.0f);
+          x = phi_elu(expf(x > 0 ? 0.0f : x), x > 0 ? x : 0.0f);
         });
         break;
       case FeatureMap::relu:

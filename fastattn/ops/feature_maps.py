@@ -162,12 +162,12 @@ class Cosine(FeatureMap):
         unit, length = self._unit_and_length(x)
         grad_unit = grad[..., 1:]
         tangential = grad_unit - unit * (unit * grad_unit).sum(-1, keepdim=True)
-        return torch.where(length > ZERO_NORM, tangential / length.clamp(min=ZERO_NORM), 0)
+        return torch.where(length <= ZERO_NORM, 0, tangential / length.clamp(min=ZERO_NORM))
 
     @staticmethod
     def _unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return torch.where(length > ZERO_NORM, x / length.clamp(min=ZERO_NORM), 0), length
+        return torch.where(length <= ZERO_NORM, 0, x / length.clamp(min=ZERO_NORM)), length
 
 
 class Efficient(Softmax):

@@ -53,6 +53,37 @@ def test_float16_gradients_do_not_overflow(backend: str, size: float, is_causal:
         assert error(results[name], right, floor=0.1 * size) < 2e-2, name
 
 
+@causal
+@pytest.mark.parametrize("tensor", ["query", "key", "value"])
+@pytest.mark.parametrize("feature_map", feature_maps.names())
+def test_a_nan_is_not_lost(backend: str, feature_map: str, tensor: str, is_causal: bool) -> None:
+    """A comparison that is false of a NaN makes a feature of 0 or 1 of it, and a model that has
+    broken down looks sound. (Causal rows before the NaN may be NaN as well: 0 times it is.)"""
+    phi = feature_maps.get(feature_map)
+    if is_causal and not phi.is_separable:
+        pytest.skip("non-causal by nature")
+    case = Case(
+        *(2, 2, 70, 16),
+        feature_map=feature_map,
+        is_causal=is_causal,
+        normalize=phi.is_nonnegative,
+    )
+    call = draw(case)
+    clean = run(call, backend)["out"]
+    poisoned = getattr(call, tensor).clone()
+    poisoned[0, 1, 20, 3] = torch.nan
+    setattr(call, tensor, poisoned)
+    out = run(call, backend)["out"]
+    rows = slice(20, 21) if tensor == "query" else slice(20 if is_causal else 0, None)
+    columns = slice(3, 4) if tensor == "value" else slice(None)
+    assert out[0, 1, rows, columns].isnan().all()
+    for others in (lambda x: x[0, 0], lambda x: x[1]):
+        assert torch.equal(others(out), others(clean))
+    if tensor == "query":
+        assert torch.equal(out[0, 1, :20], clean[0, 1, :20])
+        assert torch.equal(out[0, 1, 21:], clean[0, 1, 21:])
+
+
 def test_exp_is_clamped_and_its_gradient_stops_there(backend: str) -> None:
     for normalize in (True, False):
         call = draw(Case(1, 2, 30, 16, feature_map="exp", normalize=normalize))
