@@ -17,16 +17,19 @@
 #pragma once
 
 #include "call.h"
+#include "chunk.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 
 template <class Real, class Arith>
 class Causal : private Call<Real> {
-  static constexpr int64_t kChunk = kTileRows;
   using Exact = Plain<Real>;
   using Element = typename Arith::Element;
   using Pack = Operand<Arith>;
+  using ForwardTile = ForwardChunk<Real, Arith>;
+  using BackwardTile = BackwardChunk<Real>;
+  using Factors = RowFactors<Real>;
   using Base = Call<Real>;
   using typename Base::Buffer;
   using Base::a_, Base::n_, Base::p_, Base::phi_;
@@ -93,7 +96,7 @@ class Causal : private Call<Real> {
         Real* rows = scratch.template take<Real>(factors_size);
         n_.read(a_.grad_final, head(s, h), gradient);
         for (int64_t i = s.keys.count - 1; i >= 0; --i) {
-          const RowFactors factors{rows, longest, s.keys.begin(i)};
+          const Factors factors{rows, longest, s.keys.begin(i)};
           sweep_forward(s, h, i, tile, factors);
           sweep_reverse<true>(s, h, i, gradient, local, tile, factors);
           n_.merge(gradient, local);
@@ -109,7 +112,7 @@ class Causal : private Call<Real> {
       return n_.state_at(buffer.data(), head(s, h) * most + i);
     };
     const auto factors_of = [&](const Sequence& s, int64_t h, int64_t i) {
-      return RowFactors{rows.data() + (head(s, h) * most + i) * factors_size, longest,
+      return Factors{rows.data() + (head(s, h) * most + i) * factors_size, longest,
                         s.keys.begin(i)};
     };
     for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
@@ -171,43 +174,7 @@ class Causal : private Call<Real> {
       n_.read(a_.initial, head(s, h), start);
   }
 
-  // Clears scores above the diagonal, as far as a product that starts within a block of rows or a
-  // sum of whole vectors reads them.
-  static void keep_lower(Real* scores, int64_t rows) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t end = std::min(kChunk, padded<Real>(r + kBlockRows + 1));
-      for (int64_t c = r + 1; c < end; ++c) scores[r * kChunk + c] = 0;
-    }
-  }
-
   // ---- forward ----------------------------------------------------------------------------------
-
-  // One chunk, and operands of 16-bit arithmetic, paired along tokens or features.
-  struct ForwardTile {
-    ForwardTile(const Sizes<Real>& n, Scratch& scratch) : state(n.take_state(scratch)) {
-      const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
-      const auto elements = [&](int64_t size) {
-        return Pack::copies ? scratch.template take<Element>(size) : nullptr;
-      };
-      phi_k = reals(kChunk * n.feature_width);
-      value = reals(kChunk * n.value_width);
-      phi_q = reals(kChunk * n.feature_width);
-      out = reals(kChunk * n.value_width);
-      phi_k_transposed = reals(n.feature_width * kChunk);
-      scores = reals(kChunk * kChunk);
-      inverse_norm = reals(kChunk);
-      phi_k_tokens = elements(kChunk * n.feature_width);
-      phi_k_features = elements(kChunk * n.feature_width);  // packed, then transposed
-      value_tokens = elements(kChunk * n.value_width);
-      phi_q_features = elements(kChunk * n.feature_width);
-      scores_tokens = elements(kChunk * kChunk);
-      state_features = elements(n.feature_width * n.value_width);
-    }
-    LocalState<Real> state;  // P + L
-    Real *phi_k, *value, *phi_q, *out, *phi_k_transposed, *scores, *inverse_norm;
-    Element *phi_k_tokens, *phi_k_features, *value_tokens, *phi_q_features, *scores_tokens,
-        *state_features;
-  };
 
   // Outputs of segment i; local ends as its sums.
   void emit_segment(const Sequence& s, int64_t h, int64_t i, LocalState<Real> start,
@@ -287,63 +254,7 @@ class Causal : private Call<Real> {
     }
   }
 
-  // sums[r] += the sum of row r of the scores, which are zero above the diagonal.
-  static void add_sums_of_lower(const Real* scores, int64_t rows, Real* sums) {
-    constexpr int L = kLanes<Real>;
-    for (int64_t r = 0; r < rows; r += L) {
-      Vector<Real> partial[L]{};
-      for (int64_t i = 0; i < std::min<int64_t>(L, rows - r); ++i)
-        for (int64_t c = 0; c < r + L; c += L)
-          partial[i] += load(scores + (r + i) * kChunk + c);
-      store(sums + r, load(sums + r) + sums_of_lanes<Real>(partial));
-    }
-  }
-
   // ---- backward ---------------------------------------------------------------------------------
-
-  // 1 / den and delta of every query row of one segment, for each query head of a kv head.
-  struct RowFactors {
-    Real* data;
-    int64_t length;  // room for tokens
-    int64_t begin;   // first token of the segment
-
-    Real* inverse(int64_t head_in_group, int64_t t) const {
-      return data + 2 * head_in_group * length + (t - begin);
-    }
-    Real* delta(int64_t head_in_group, int64_t t) const {
-      return inverse(head_in_group, t) + length;
-    }
-  };
-
-  // One chunk, and the states around it.
-  struct BackwardTile {
-    BackwardTile(const Sizes<Real>& n, Scratch& scratch)
-        : start(n.take_state(scratch)), state(n.take_state(scratch)) {
-      const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
-      const int64_t fw = n.feature_width, vw = n.value_width;
-      phi_k = reals(kChunk * fw);
-      value = reals(kChunk * vw);
-      dphi_k = reals(kChunk * fw);
-      dvalue = reals(kChunk * vw);
-      phi_q = reals(kChunk * fw);
-      g = reals(kChunk * vw);
-      dphi_q = reals(kChunk * fw);
-      z = reals(kChunk * fw);
-      phi_k_transposed = reals(fw * kChunk);
-      value_transposed = reals(vw * kChunk);
-      scores = reals(kChunk * kChunk);
-      inverse_norm_k = reals(kChunk);
-      inverse_norm_q = reals(kChunk);
-      start_transposed = reals(vw * fw);
-      local_transposed = reals(vw * fw);
-      state_transposed = reals(vw * fw);
-    }
-    LocalState<Real> start, state;  // of the segment; its z goes along with the chunks
-    Real *phi_k, *value, *dphi_k, *dvalue, *phi_q, *g, *dphi_q;
-    Real* z;  // up to and including every key of the chunk
-    Real *phi_k_transposed, *value_transposed, *scores, *inverse_norm_k, *inverse_norm_q;
-    Real *start_transposed, *local_transposed, *state_transposed;
-  };
 
   void load_keys(const Sequence& s, int64_t h, int64_t t, int64_t rows,
                  const BackwardTile& tile) const {
@@ -368,7 +279,7 @@ class Causal : private Call<Real> {
 
   // Writes dq of a segment, and its row factors.
   void sweep_forward(const Sequence& s, int64_t h, int64_t segment, const BackwardTile& tile,
-                     const RowFactors& factors) const {
+                     const Factors& factors) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     restore(s, h, segment, tile.start);
     transpose<Real>(n_.features, n_.values, tile.start.S, vw, tile.start_transposed, fw);
@@ -425,7 +336,7 @@ class Causal : private Call<Real> {
   template <bool Writes>
   void sweep_reverse(const Sequence& s, int64_t h, int64_t segment, LocalState<Real> after,
                      LocalState<Real> local, const BackwardTile& tile,
-                     const RowFactors& factors) const {
+                     const Factors& factors) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     const int64_t begin = s.keys.begin(segment), end = s.keys.end(segment);
     n_.clear(local);

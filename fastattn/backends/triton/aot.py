@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from fastattn.backends.triton import plan as plans
 from fastattn.backends.triton.launch import ALIGNMENT, INTERPRETED, Step
-from fastattn.backends.triton.plan import Target
+from fastattn.backends.triton.sizes import Target
 from fastattn.ops.problem import Problem
 
 KIB = 1024

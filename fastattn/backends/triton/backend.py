@@ -12,7 +12,8 @@ from fastattn.backends import Gradients, Inputs, Outputs
 from fastattn.backends.triton import plan as plans
 from fastattn.backends.triton import table
 from fastattn.backends.triton.launch import ALIGNMENT, INTERPRETED
-from fastattn.backends.triton.plan import Plan, Target
+from fastattn.backends.triton.plan import Plan
+from fastattn.backends.triton.sizes import Target
 from fastattn.ops.problem import Problem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

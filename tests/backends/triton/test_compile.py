@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("kernels can't be compiled while they are interpreted", allow_module_level=True)
 
-from fastattn.backends.triton import aot, launch, plan
+from fastattn.backends.triton import aot, launch, plan, sizes
 
 # Bytes of stack per thread by head size: what a kernel may spill.
 MOST_SPILLED = {32: 0, 64: 0, 128: 232, 256: 256}
@@ -77,4 +77,4 @@ def test_amd_takes_half_as_many_warps_of_twice_as_many_threads() -> None:
 
 def test_float16_is_not_multiplied_in_float16() -> None:
     """Its sums and do / den leave its range."""
-    assert plan.operand_dtype(torch.float16) == plan.operand_dtype(torch.float32)
+    assert sizes.operand_dtype(torch.float16) == sizes.operand_dtype(torch.float32)

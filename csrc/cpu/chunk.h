@@ -1,0 +1,115 @@
+// A chunk of the causal form: what the kernels of its two passes hold in scratch, and what they do
+// to scores along the diagonal.
+#pragma once
+
+#include "operand.h"
+#include "parallel.h"
+#include "segments.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+constexpr int64_t kChunk = kTileRows;
+
+// Clears scores above the diagonal, as far as a product that starts within a block of rows or a
+// sum of whole vectors reads them.
+template <class Real>
+void keep_lower(Real* scores, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t end = std::min(kChunk, padded<Real>(r + kBlockRows + 1));
+    for (int64_t c = r + 1; c < end; ++c) scores[r * kChunk + c] = 0;
+  }
+}
+
+// sums[r] += the sum of row r of the scores, which are zero above the diagonal.
+template <class Real>
+void add_sums_of_lower(const Real* scores, int64_t rows, Real* sums) {
+  constexpr int L = kLanes<Real>;
+  for (int64_t r = 0; r < rows; r += L) {
+    Vector<Real> partial[L]{};
+    for (int64_t i = 0; i < std::min<int64_t>(L, rows - r); ++i)
+      for (int64_t c = 0; c < r + L; c += L)
+        partial[i] += load(scores + (r + i) * kChunk + c);
+    store(sums + r, load(sums + r) + sums_of_lanes<Real>(partial));
+  }
+}
+
+// One chunk, and operands of 16-bit arithmetic, paired along tokens or features.
+template <class Real, class Arith>
+struct ForwardChunk {
+  using Pack = Operand<Arith>;
+  using Element = typename Arith::Element;
+
+  ForwardChunk(const Sizes<Real>& n, Scratch& scratch) : state(n.take_state(scratch)) {
+    const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
+    const auto elements = [&](int64_t size) {
+      return Pack::copies ? scratch.template take<Element>(size) : nullptr;
+    };
+    phi_k = reals(kChunk * n.feature_width);
+    value = reals(kChunk * n.value_width);
+    phi_q = reals(kChunk * n.feature_width);
+    out = reals(kChunk * n.value_width);
+    phi_k_transposed = reals(n.feature_width * kChunk);
+    scores = reals(kChunk * kChunk);
+    inverse_norm = reals(kChunk);
+    phi_k_tokens = elements(kChunk * n.feature_width);
+    phi_k_features = elements(kChunk * n.feature_width);  // packed, then transposed
+    value_tokens = elements(kChunk * n.value_width);
+    phi_q_features = elements(kChunk * n.feature_width);
+    scores_tokens = elements(kChunk * kChunk);
+    state_features = elements(n.feature_width * n.value_width);
+  }
+  LocalState<Real> state;  // P + L
+  Real *phi_k, *value, *phi_q, *out, *phi_k_transposed, *scores, *inverse_norm;
+  Element *phi_k_tokens, *phi_k_features, *value_tokens, *phi_q_features, *scores_tokens,
+      *state_features;
+};
+
+// 1 / den and delta of every query row of one segment, for each query head of a kv head.
+template <class Real>
+struct RowFactors {
+  Real* data;
+  int64_t length;  // room for tokens
+  int64_t begin;   // first token of the segment
+
+  Real* inverse(int64_t head_in_group, int64_t t) const {
+    return data + 2 * head_in_group * length + (t - begin);
+  }
+  Real* delta(int64_t head_in_group, int64_t t) const {
+    return inverse(head_in_group, t) + length;
+  }
+};
+
+// One chunk, and the states around it.
+template <class Real>
+struct BackwardChunk {
+  BackwardChunk(const Sizes<Real>& n, Scratch& scratch)
+      : start(n.take_state(scratch)), state(n.take_state(scratch)) {
+    const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
+    const int64_t fw = n.feature_width, vw = n.value_width;
+    phi_k = reals(kChunk * fw);
+    value = reals(kChunk * vw);
+    dphi_k = reals(kChunk * fw);
+    dvalue = reals(kChunk * vw);
+    phi_q = reals(kChunk * fw);
+    g = reals(kChunk * vw);
+    dphi_q = reals(kChunk * fw);
+    z = reals(kChunk * fw);
+    phi_k_transposed = reals(fw * kChunk);
+    value_transposed = reals(vw * kChunk);
+    scores = reals(kChunk * kChunk);
+    inverse_norm_k = reals(kChunk);
+    inverse_norm_q = reals(kChunk);
+    start_transposed = reals(vw * fw);
+    local_transposed = reals(vw * fw);
+    state_transposed = reals(vw * fw);
+  }
+  LocalState<Real> start, state;  // of the segment; its z goes along with the chunks
+  Real *phi_k, *value, *dphi_k, *dvalue, *phi_q, *g, *dphi_q;
+  Real* z;  // up to and including every key of the chunk
+  Real *phi_k_transposed, *value_transposed, *scores, *inverse_norm_k, *inverse_norm_q;
+  Real *start_transposed, *local_transposed, *state_transposed;
+};
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
