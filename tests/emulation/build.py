@@ -51,7 +51,7 @@ def object_name(form: str, dtype: str, width: int) -> str:
 
 
 _COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DFASTATTN_EMULATION", "-w"]
-# -fsanitize=thread puts a call before every load and store; emulator.cpp has the functions called.
+# -fsanitize=thread puts a call before every load and store; memory.cpp has the functions called.
 _DEVICE = [
     *("-x", "c++", "-O2", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
     *("-fno-strict-aliasing", "-ffp-contract=off", "-fno-tree-vectorize"),
@@ -124,6 +124,7 @@ def _compile(
     commands = {
         "bindings.o": ["-O1", *widths, str(folder / "csrc/cuda/bindings.cpp")],
         "emulator.o": ["-O2", str(folder / "tests/emulation/emulator.cpp")],
+        "memory.o": ["-O2", str(folder / "tests/emulation/memory.cpp")],
     }
     for name, (*definitions, source) in device_objects().items():
         commands[name] = [*_DEVICE, *definitions, str(folder / source)]

@@ -1,7 +1,7 @@
 // What emulated device code calls: thread and block indices, barriers, warp collectives, copies.
 //
 // The CUDA sources are compiled by g++ with -fsanitize=thread, but linked without its runtime: the
-// compiler then calls a hook before every load and store, and emulator.cpp answers those hooks with
+// compiler then calls a hook before every load and store, and memory.cpp answers those hooks with
 // checks of its own. So device code needs no wrappers, and no access goes unseen.
 #pragma once
 
