@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 
 from fastattn.backends.triton import aot, launch, plan, sizes
 
-# Bytes of stack per thread by head size: what a kernel may spill.
+# Bytes of stack per thread by head size: what a kernel may spill. Triton 3.6 spills more.
 MOST_SPILLED = {32: 0, 64: 0, 128: 232, 256: 256}
+if version("triton").startswith("3.6."):
+    MOST_SPILLED = {32: 0, 64: 24, 128: 304, 256: 416}
 
 
 # All of it takes four minutes of one core where nothing is cached. Every call for the GPU with the
