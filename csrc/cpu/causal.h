@@ -113,7 +113,7 @@ class Causal : private Call<Real> {
     };
     const auto factors_of = [&](const Sequence& s, int64_t h, int64_t i) {
       return Factors{rows.data() + (head(s, h) * most + i) * factors_size, longest,
-                        s.keys.begin(i)};
+                     s.keys.begin(i)};
     };
     for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
       Scratch scratch;
