@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # helpers import as tests.<folder>.<module>
 
 from fastattn import backends
+from tests.interpreter import replace_once
 
 # Which backends the tests of the ops run on. Triton's kernels run through its interpreter, which
 # has to be on before triton is imported, so they take a process of their own (see Makefile):
@@ -35,6 +36,10 @@ TOO_LARGE = (
     "test_16_bit_head_sizes[triton-float16-256",
     "split4",
 )
+
+
+if INTERPRETED:
+    replace_once()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
