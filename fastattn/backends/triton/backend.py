@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastattn.backends import Gradients, Inputs, Outputs
 from fastattn.backends.triton import plan as plans
 from fastattn.backends.triton import table
-from fastattn.backends.triton.launch import ALIGNMENT, INTERPRETED
+from fastattn.backends.triton.launch import INTERPRETED, are_usual
 from fastattn.backends.triton.plan import Plan
 from fastattn.backends.triton.sizes import Target
 from fastattn.ops.problem import Problem
@@ -49,6 +50,23 @@ def _unsupported_gpu(device_type: str) -> str | None:
                 f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
             )
     return None
+
+
+def _current(device: torch.device) -> AbstractContextManager[None]:
+    """Launches go to the current GPU, so the tensors' has to be that."""
+    if device.type == "cpu":
+        return nullcontext()
+    gpus = torch.cuda if device.type == "cuda" else torch.xpu
+    return nullcontext() if device.index == gpus.current_device() else gpus.device(device)
+
+
+@cache
+def _has_tf32(device_type: str, index: int) -> bool:
+    """Whether Triton multiplies in TF32 there."""
+    if device_type != "cuda" or torch.version.hip is None:
+        return True
+    architecture: str = torch.cuda.get_device_properties(index).gcnArchName
+    return architecture.startswith("gfx942")
 
 
 def _float32_precision() -> str:
@@ -199,8 +217,8 @@ class TritonBackend:
 
     @staticmethod
     def _target(tensor: Tensor, unit: int) -> Target:
-        device = tensor.device
-        return Target(_multiprocessors(device.type, device.index or 0), unit, _float32_precision())
+        gpu = tensor.device.type, tensor.device.index or 0
+        return Target(_multiprocessors(*gpu), unit, _float32_precision(), _has_tf32(*gpu))
 
     @staticmethod
     def _values(problem: Problem, inputs: Inputs, saved: Tensor, unit: int) -> dict[str, Any]:
@@ -238,13 +256,8 @@ class TritonBackend:
         if plan.workspace:
             memory = like.new_empty(sum(plan.workspace.values()), dtype=torch.float32)
             values.update(zip(plan.workspace, memory.split(list(plan.workspace.values()))))
-        pointers = [x.data_ptr() for x in values.values() if isinstance(x, Tensor)]
-        aligned = not any(pointer % ALIGNMENT for pointer in pointers)
+        usual = are_usual([x for x in values.values() if isinstance(x, Tensor)])
         device = like.device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                for step in plan.steps:
-                    step.launch(values, device.index, aligned)
-            return
-        for step in plan.steps:
-            step.launch(values, device.index or 0, aligned)
+        with _current(device):
+            for step in plan.steps:
+                step.launch(values, device.index or 0, usual)

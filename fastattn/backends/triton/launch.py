@@ -2,7 +2,7 @@
 
 A kernel is specialised on its constexprs and on nothing else: no length, stride or scalar is
 looked at, so a new length never compiles. Triton's own launcher inspects some sixty arguments on
-every call to find that out again; where all pointers are aligned the compiled kernel is kept and
+every call to find that out again; where all pointers are as usual the compiled kernel is kept and
 started directly.
 """
 
@@ -19,6 +19,7 @@ import triton
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 WARP_SIZE = 64 if torch.version.hip else 32
 ALIGNMENT = 16  # bytes; what Triton assumes of a pointer if the first one it sees has it
+_SMALL = 2**31 - 1  # bytes of memory in which Triton counts in 32 bits, on AMD
 
 
 def kernel(function: Callable[..., None]) -> Any:
@@ -27,6 +28,16 @@ def kernel(function: Callable[..., None]) -> Any:
     parameters = inspect.signature(function).parameters.values()
     numbers = [p.name for p in parameters if str(p.annotation).startswith(("tl.int", "tl.float"))]
     return triton.jit(function, do_not_specialize=numbers)
+
+
+def are_usual(tensors: list[torch.Tensor]) -> bool:
+    """Whether Triton compiles for these pointers what it compiles for nearly all: it makes a kernel
+    of its own where one is not aligned and, on AMD, where one lies in more than 2 GB of memory."""
+    if any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
+        return False
+    if torch.version.hip is None:
+        return True
+    return all(tensor.untyped_storage().nbytes() <= _SMALL for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Step:
     compiled: dict[int, Any] = field(default_factory=dict)  # by device
 
     def __post_init__(self) -> None:
+        self.grid = (*self.grid, 1, 1)[:3]  # a compiled kernel wants all three
         fixed = {**self.constants, **self.numbers}
         # Of every parameter: its value, or else the name under which a call brings it.
         self.fixed = [fixed.get(name) for name in self.kernel.arg_names]
@@ -71,8 +83,8 @@ class Step:
         # The default of Triton up to 3.9; later ones change it.
         return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
-    def launch(self, arguments: dict[str, Any], device: int, aligned: bool) -> None:
-        """Starts the kernel on the current stream. ``aligned``: every pointer is."""
+    def launch(self, arguments: dict[str, Any], device: int, usual: bool) -> None:
+        """Starts the kernel on the current stream. ``usual``: ``are_usual(its tensors)``."""
         if 0 in self.grid:
             return
         values = [
@@ -81,7 +93,7 @@ class Step:
         ]
         if INTERPRETED:
             self.kernel[self.grid](*values)
-        elif not aligned:
+        elif not usual:
             self.kernel[self.grid](*values, **self.options(WARP_SIZE))
         elif device in self.compiled:
             self.compiled[device][self.grid](*values)

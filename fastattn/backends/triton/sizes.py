@@ -18,11 +18,17 @@ from fastattn.ops.problem import Problem
 @dataclass(frozen=True)
 class Target:
     """What a plan depends on besides its problem. ``unit``: see tiles.py. ``precision``: what
-    float32 operands of the matrix units are rounded to."""
+    the matrix units may round float32 to, "ieee" or "tf32"."""
 
     multiprocessors: int
     unit: int
     precision: str
+    has_tf32: bool = True
+
+    def precision_of(self, dtype: torch.dtype) -> str:
+        """What float32 operands are rounded to where the inputs are of this type."""
+        wants_tf32 = dtype == torch.float16 or self.precision == "tf32"
+        return "tf32" if wants_tf32 and self.has_tf32 else "ieee"
 
 
 def round_up_to_power_of_2(n: int) -> int:
@@ -89,7 +95,7 @@ class Sizes:
             "BLOCK_V": self.block_v,
             "VALUE_TILES": self.value_tiles,
             "OPERAND": operand_dtype(p.dtype),
-            "PRECISION": "tf32" if p.dtype == torch.float16 else target.precision,
+            "PRECISION": target.precision_of(p.dtype),
         }
 
     def numbers(self) -> dict[str, int | float]:

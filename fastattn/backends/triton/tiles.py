@@ -143,26 +143,36 @@ def operand(tile, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def rounded(tile, PRECISION: tl.constexpr):
+    """To the nearest number of TF32: the matrix units cut off what is beyond, always towards zero,
+    and all features and sums would be too small."""
+    if PRECISION == "tf32" and tile.dtype == tl.float32:
+        bits = (tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        tile = tl.where(tile == tile, bits.to(tl.float32, bitcast=True), tile)
+    return tile
+
+
+@triton.jit
 def matmul(a, b, PRECISION: tl.constexpr):
     """a b in float32. PRECISION ("ieee" or "tf32") says what float32 operands are rounded to."""
-    return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), input_precision=PRECISION)
 
 
 @triton.jit
 def matmul_add(a, b, c, PRECISION: tl.constexpr):
-    return tl.dot(a, b, c, input_precision=PRECISION)
+    return tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), c, input_precision=PRECISION)
 
 
 @triton.jit
 def flipped_matmul(a, b, PRECISION: tl.constexpr):
     """a b for a few tokens a, computed as (b^T a^T)^T. The rows of the first operand are what is
     shared out between warps: b, a state that stays for many tokens, would be whole in each."""
-    return tl.trans(tl.dot(tl.trans(b), tl.trans(a), input_precision=PRECISION))
+    return tl.trans(matmul(tl.trans(b), tl.trans(a), PRECISION))
 
 
 @triton.jit
 def flipped_matmul_add(a, b, c, PRECISION: tl.constexpr):
-    return tl.trans(tl.dot(tl.trans(b), tl.trans(a), tl.trans(c), input_precision=PRECISION))
+    return tl.trans(matmul_add(tl.trans(b), tl.trans(a), tl.trans(c), PRECISION))
 
 
 @triton.jit
