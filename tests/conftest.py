@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # helpers import as tests.<folder>.<module>
 
 from fastattn import backends
-from tests.interpreter import replace_once
+from tests.interpreter import cut_to_tf32, replace_once
 
 # Which backends the tests of the ops run on. Triton's kernels run through its interpreter, which
 # has to be on before triton is imported, so they take a process of their own (see Makefile):
@@ -40,6 +40,7 @@ TOO_LARGE = (
 
 if INTERPRETED:
     replace_once()
+    cut_to_tf32()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

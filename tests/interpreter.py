@@ -1,8 +1,4 @@
-"""Triton's interpreter in half of its time.
-
-At every call of one kernel function by another it looks through all of ``triton.language`` for
-what it has to replace, and finds that it has replaced all of it already.
-"""
+"""Two changes to Triton's interpreter, for tests: half of its time, and the rounding of a GPU."""
 
 from __future__ import annotations
 
@@ -11,9 +7,13 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 
 def replace_once() -> None:
-    """Lets the interpreter look once a launch. Does nothing where its inside is another one."""
+    """At every call of one kernel function by another it looks through all of ``triton.language``
+    for what it has to replace, and finds that it has replaced all of it already: once a launch is
+    enough. Does nothing where the interpreter's inside is another one."""
     from triton import language
     from triton.runtime import interpreter
 
@@ -33,3 +33,24 @@ def replace_once() -> None:
         return scope()  # nothing to undo
 
     interpreter._patch_lang = patch_what_is_not
+
+
+def cut_to_tf32() -> None:
+    """Matrix units cut operands of TF32 off after ten bits, where numpy multiplies all of them."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    multiply = builder.create_dot
+
+    def cut(operand: Any) -> Any:
+        if operand.data.dtype != np.float32:
+            return operand
+        bits = operand.data.view(np.uint32) & np.uint32(0xFFFFE000)
+        return interpreter.TensorHandle(bits.view(np.float32), operand.dtype)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> Any:
+        if str(precision).endswith(".TF32"):
+            a, b = cut(a), cut(b)
+        return multiply(self, a, b, d, precision, *rest)
+
+    builder.create_dot = create_dot

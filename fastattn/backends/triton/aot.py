@@ -118,9 +118,13 @@ def steps_of(call: Call) -> Iterator[Step]:
 
 
 def compile_step(step: Step, dtype: torch.dtype, arch: str) -> Any:
-    """The compiled kernel, for aligned pointers, as a launch would compile it."""
+    """The compiled kernel, for usual pointers (see launch.py), as a launch would compile it."""
     if INTERPRETED:
         raise RuntimeError("kernels can't be compiled while TRITON_INTERPRET is set")
+    target = ARCHS[arch].target
+    usual = [["tt.divisibility", ALIGNMENT]]
+    if target.backend == "hip":
+        usual.append(["tt.pointer_range", 32])  # bits
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(step.kernel.params):
         name = parameter.name
@@ -131,9 +135,8 @@ def compile_step(step: Step, dtype: torch.dtype, arch: str) -> Any:
             signature[name] = parameter.annotation_type
         else:
             signature[name] = "*" + _element(name, dtype)
-            attributes[index,] = [["tt.divisibility", ALIGNMENT]]
+            attributes[index,] = usual
     source = ASTSource(step.kernel, signature, constants, attributes)
-    target = ARCHS[arch].target
     return triton.compile(source, target=target, options=step.options(target.warp_size))
 
 
