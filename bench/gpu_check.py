@@ -55,7 +55,7 @@ def check(backend: str, device: str, name: str, dtype: torch.dtype) -> list[str]
             ours = results([x.to(device) for x in tensors], do.to(device), backend, options)
             right = results([x.double() for x in tensors], do.double(), "reference", options)
             errors = [
-                float((a.cpu().double() - b).norm() / (b.norm() + 0.01 * b.numel() ** 0.5))
+                float((a.to(b) - b).norm() / (b.norm() + 0.01 * b.numel() ** 0.5))
                 for a, b in zip(ours, right, strict=True)
             ]
             if not max(errors) <= BOUNDS[dtype]:

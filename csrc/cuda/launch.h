@@ -71,9 +71,9 @@ class Launcher {
            int threads, size_t shared_bytes, Given&&... given) {
     if (plans_ || blocks == 0) return;
     if (blocks > 0x7fffffff) throw std::runtime_error("too many blocks for " + describe(problem_));
-    if (shared_bytes > (48 << 10))
+    if (shared_bytes > (48 << 10))  // always the same number: other threads launch it, too
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes)),
+                                 limits_.shared_bytes),
             name, problem_);
     cudaLaunchConfig_t config{};
     config.gridDim = dim3{static_cast<unsigned>(blocks), static_cast<unsigned>(rows), 1};

@@ -48,7 +48,8 @@ class Outputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients with the shapes of the inputs; initial_S and initial_z None if not given."""
+    """Gradients with the shapes of the inputs, those of the states contiguous; initial_S and
+    initial_z None if not given."""
 
     query: Tensor
     key: Tensor

@@ -281,8 +281,10 @@ class ReferenceBackend:
         grad_z: Tensor | None,
     ) -> Gradients:
         dq, dk, dv = (torch.zeros_like(t) for t in (inputs.query, inputs.key, inputs.value))
-        dS0 = None if inputs.initial_S is None else torch.zeros_like(inputs.initial_S)
-        dz0 = None if inputs.initial_z is None else torch.zeros_like(inputs.initial_z)
+        dS0, dz0 = (
+            None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format)
+            for x in (inputs.initial_S, inputs.initial_z)
+        )
         for piece in pieces(problem, inputs):
             gradients = Call(problem, inputs, piece).backward(
                 grad_out[:, :, piece.query_tokens],

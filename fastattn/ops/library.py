@@ -230,8 +230,11 @@ def _backward_fake(
     saved: Tensor, grad_out: Tensor, grad_S: Tensor | None, grad_z: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
     inputs, _, _ = split_arguments(args)
-    wanted = (inputs.query, inputs.key, inputs.value, inputs.initial_S, inputs.initial_z)
-    return tuple(_nothing(saved) if x is None else torch.empty_like(x) for x in wanted)
+    states = (inputs.initial_S, inputs.initial_z)
+    return (
+        *(torch.empty_like(x) for x in inputs[:3]),
+        *(_nothing(saved) if x is None else saved.new_empty(x.shape) for x in states),
+    )
 
 
 class _Backward(torch.autograd.Function):

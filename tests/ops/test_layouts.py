@@ -11,6 +11,9 @@ from fastattn import linear_attention
 from tests.ops.problems import LAYOUTS, Case, assert_accurate, draw, lay_out, run, truth
 
 causal = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+# Where features don't lie side by side Triton shares them out between threads in another way, and
+# a GPU adds them in another order (the interpreter doesn't).
+OTHER_SUMS = ("feature_strided", "reversed_axes")
 
 
 @causal
@@ -23,6 +26,10 @@ def test_strides_do_not_matter(
     results = run(call, backend)
     call.query, call.key, call.value = (x.contiguous() for x in (call.query, call.key, call.value))
     right = run(call, backend)
+    if layout in OTHER_SUMS and backend == "triton":
+        eps = torch.finfo(dtype).eps
+        assert_accurate(results, right, forward=max(eps, 1e-5), backward=max(eps, 1e-4))
+        return
     for name in right:
         assert torch.equal(results[name], right[name]), name
 

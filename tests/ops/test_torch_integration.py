@@ -60,6 +60,17 @@ def test_opcheck_backward(backend: str, case: Case) -> None:
     torch.library.opcheck(backward_op, (saved, torch.randn_like(out), *grads, *args))
 
 
+def test_opcheck_backward_of_a_transposed_state(backend: str) -> None:
+    """Its gradients come contiguous, and what compiles has to be told so."""
+    call = draw(Case(2, 2, 9, 4, is_causal=True, initial_state=True))
+    S, z = call.state
+    call.state = LinearAttentionState(S.mT.contiguous().mT, z)
+    tensors = (call.query, call.key, call.value)
+    args = op_arguments(*tensors, **arguments(call), initial_state=call.state, backend=backend)
+    out, _, _, saved = forward_op(*args)
+    torch.library.opcheck(backward_op, (saved, torch.randn_like(out), None, None, *args))
+
+
 def test_opcheck_step(backend: str) -> None:
     x, state = torch.randn(2, 3, 1, 8), LinearAttentionState.zeros(2, 3, 8, 8)
     mask = torch.tensor([[True], [False]])
