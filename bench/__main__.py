@@ -104,14 +104,16 @@ def on_gpu(args: argparse.Namespace, selected: list[cases.Case], console: Consol
     contest = gpu.Contest(meter, settings, meter.copy_bandwidth())
     copy = contest.bandwidth * 1e-9
     console.print(f"{meter.name}, copies {copy:.0f} GB/s, torch {torch.__version__}")
-    measured = gpu.run_grid(selected, contest, args.budget, console)
+    measured: list[dict[str, Any]] = []
     result = {
         "machine": {**machine.describe(args.threads), "gpu": meter.name},
         "copy_gbs": copy,
         "settings": {"quick": args.quick, "budget": args.budget},
         "cases": measured,
     }
-    path = write(args, result)
+    for case in gpu.run_grid(selected, contest, args.budget, console):
+        measured.append(case)
+        path = write(args, result)  # at once: a lent GPU may be gone with the next case
     console.print(gpu.summary(measured))
     console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     found = [case["contestants"] for case in measured]

@@ -139,7 +139,19 @@ class Contest:
 
 def measure(case: Case, contest: Contest) -> dict[str, Any]:
     """One case with all its contestants, as plain data for the JSON."""
-    inputs = make_inputs(case, contest.settings.device)
+    try:
+        found = _contestants(case, make_inputs(case, contest.settings.device), contest)
+    except Exception as problem:  # no memory, or a kernel has broken the GPU's context
+        found = {peer.name: _failed(problem) for peer in contest.peers}
+    return {
+        "name": case.name,
+        "group": case.group,
+        "bytes": case.bytes,
+        "contestants": found,
+    }
+
+
+def _contestants(case: Case, inputs: Inputs, contest: Contest) -> dict[str, dict[str, Any]]:
     wanted: dict[str, tuple[torch.Tensor, ...]] = {}
     found: dict[str, dict[str, Any]] = {}
     with torch.set_grad_enabled(case.pass_ == TRAIN):
@@ -151,12 +163,12 @@ def measure(case: Case, contest: Contest) -> dict[str, Any]:
                 found[peer.name] = _contestant(peer, case, inputs, contest, wanted)
             elif reason:
                 found[peer.name] = {"status": "left out", "reason": reason}
-    return {
-        "name": case.name,
-        "group": case.group,
-        "bytes": case.bytes,
-        "contestants": found,
-    }
+    return found
+
+
+def _failed(problem: Exception) -> dict[str, Any]:
+    reason = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+    return {"status": "failed", "reason": reason}
 
 
 def _too_slow(peer: Peer, case: Case) -> str | None:
@@ -191,8 +203,7 @@ def _contestant(
         result["gbs"] = case.bytes / seconds * 1e-9
         result["share_of_copy"] = case.bytes / seconds / contest.bandwidth
     except Exception as problem:  # a peer that breaks is a result, and must not end the run
-        reason = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
-        return {"status": "failed", "reason": reason}
+        return _failed(problem)
     return result
 
 
@@ -227,18 +238,17 @@ def _checked(
 
 def run_grid(
     cases: list[Case], contest: Contest, budget: float, console: Console
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Every case in turn, printed as soon as it is measured."""
-    measured = []
     start = time.monotonic()
     for case in cases:
         if time.monotonic() - start > budget:
             left = cases[cases.index(case) :]
             console.print(f"out of time: {len(left)} cases left out, from {case.name} on")
             break
-        measured.append(measure(case, contest))
-        console.print(case_table(measured[-1]))
-    return measured
+        measured = measure(case, contest)
+        console.print(case_table(measured))
+        yield measured
 
 
 # --- tables -----------------------------------------------------------------------------------

@@ -99,6 +99,17 @@ def test_a_broken_peer_does_not_end_the_run() -> None:
     assert case["name"] in shown(gpu.summary([case]))
 
 
+def test_a_gpu_that_breaks_down_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_inputs(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "make_inputs", no_inputs)
+    case = gpu.measure(CASES[1], contest(FakeMeter(CPU)))
+    reasons = {found["reason"] for found in case["contestants"].values()}
+    assert reasons == {"RuntimeError: CUDA error: an illegal memory access was encountered"}
+    assert "illegal memory access" in shown(gpu.case_table(case))
+
+
 def test_without_graphs_the_real_meter_takes_eager_times() -> None:
     found = gpu.measure(CASES[2], contest(gpu.Meter(CPU, 1e-3)))["contestants"]["pytorch"]
     assert found["eager_seconds"] > 0
@@ -117,8 +128,7 @@ def test_tables_name_the_fastest_of_each_family() -> None:
 
 def test_the_grid_ends_on_time() -> None:
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    measured = gpu.run_grid(CASES, contest(FakeMeter(CPU)), -1, console)
-    assert measured == []
+    assert not list(gpu.run_grid(CASES, contest(FakeMeter(CPU)), -1, console))
     assert "3 cases left out" in console.export_text()
 
 
