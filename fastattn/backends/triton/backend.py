@@ -69,8 +69,10 @@ def _has_tf32(device_type: str, index: int) -> bool:
     return architecture.startswith("gfx942")
 
 
-def _float32_precision() -> str:
-    """What the user allows float32 matrix products to be rounded to, on a GPU."""
+def _precision(dtype: torch.dtype) -> str:
+    """What the user allows products of float32 matrices to be rounded to, on a GPU."""
+    if dtype != torch.float32:
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     setting = getattr(matmul, "fp32_precision", None)
     if setting is None:  # torch < 2.9
@@ -167,7 +169,7 @@ class TritonBackend:
         # Of packed sequences some rows stay idle: zeros, so that the same call saves the same.
         new = query.new_empty if problem.num_sequences is None else query.new_zeros
         saved = new(self.saved_size(problem), dtype=sums)
-        target = self._target(query, _unit_of(*inputs[:3], out))
+        target = self._target(query, _unit_of(*inputs[:3], out), problem.dtype)
         plan = plans.forward(problem, target)
         values = self._values(problem, inputs, saved, target.unit)
         _strides(values, "out", out, target.unit)
@@ -189,7 +191,8 @@ class TritonBackend:
         if inputs.initial_S is not None and inputs.initial_z is not None:
             S = torch.empty_like(inputs.initial_S, memory_format=torch.contiguous_format)
             z = torch.empty_like(inputs.initial_z, memory_format=torch.contiguous_format)
-        target = self._target(saved, _unit_of(*inputs[:3], grad_out, *gradients))
+        unit = _unit_of(*inputs[:3], grad_out, *gradients)
+        target = self._target(saved, unit, problem.dtype)
         plan = plans.backward(problem, target, grad_S is not None)
         values = self._values(problem, inputs, saved, target.unit)
         _strides(values, "grad_out", grad_out, target.unit)
@@ -207,7 +210,7 @@ class TritonBackend:
         query = inputs.query
         shape = (problem.batch, 1, problem.num_heads, problem.value_dim)
         out = query.new_empty(shape).transpose(1, 2)
-        target = self._target(query, _unit_of(*inputs[:3], out))
+        target = self._target(query, _unit_of(*inputs[:3], out), problem.dtype)
         state = inputs.initial_S
         assert state is not None
         values = self._values(problem, inputs, state, target.unit)
@@ -216,9 +219,9 @@ class TritonBackend:
         return out
 
     @staticmethod
-    def _target(tensor: Tensor, unit: int) -> Target:
+    def _target(tensor: Tensor, unit: int, dtype: torch.dtype) -> Target:
         gpu = tensor.device.type, tensor.device.index or 0
-        return Target(_multiprocessors(*gpu), unit, _float32_precision(), _has_tf32(*gpu))
+        return Target(_multiprocessors(*gpu), unit, _precision(dtype), _has_tf32(*gpu))
 
     @staticmethod
     def _values(problem: Problem, inputs: Inputs, saved: Tensor, unit: int) -> dict[str, Any]:
@@ -256,7 +259,8 @@ class TritonBackend:
         if plan.workspace:
             memory = like.new_empty(sum(plan.workspace.values()), dtype=torch.float32)
             values.update(zip(plan.workspace, memory.split(list(plan.workspace.values()))))
-        usual = are_usual([x for x in values.values() if isinstance(x, Tensor)])
+        different = {id(x): x for x in values.values() if isinstance(x, Tensor)}
+        usual = are_usual(different.values())
         device = like.device
         with _current(device):
             for step in plan.steps:

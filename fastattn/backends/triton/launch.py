@@ -9,7 +9,7 @@ started directly.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-WARP_SIZE = 64 if torch.version.hip else 32
+_IS_AMD = torch.version.hip is not None
+WARP_SIZE = 64 if _IS_AMD else 32
 ALIGNMENT = 16  # bytes; what Triton assumes of a pointer if the first one it sees has it
 _SMALL = 2**31 - 1  # bytes of memory in which Triton counts in 32 bits, on AMD
 
@@ -30,14 +31,15 @@ def kernel(function: Callable[..., None]) -> Any:
     return triton.jit(function, do_not_specialize=numbers)
 
 
-def are_usual(tensors: list[torch.Tensor]) -> bool:
+def are_usual(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether Triton compiles for these pointers what it compiles for nearly all: it makes a kernel
     of its own where one is not aligned and, on AMD, where one lies in more than 2 GB of memory."""
-    if any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
-        return False
-    if torch.version.hip is None:
-        return True
-    return all(tensor.untyped_storage().nbytes() <= _SMALL for tensor in tensors)
+    for tensor in tensors:
+        if tensor.data_ptr() % ALIGNMENT:
+            return False
+        if _IS_AMD and tensor.untyped_storage().nbytes() > _SMALL:
+            return False
+    return True
 
 
 @dataclass(frozen=True)
