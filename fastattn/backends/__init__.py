@@ -11,6 +11,7 @@ import warnings
 from functools import cache, lru_cache
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fastattn.backends import rules
@@ -56,6 +57,12 @@ class Gradients(NamedTuple):
     value: Tensor
     initial_S: Tensor | None
     initial_z: Tensor | None
+
+
+def new_out(problem: Problem, device: torch.device) -> Tensor:
+    """Memory for ``Outputs.out``; not a view, so that callers may change it in place."""
+    shape = (problem.batch, problem.num_heads, problem.query_length, problem.value_dim)
+    return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=problem.dtype, device=device)
 
 
 class Backend(Protocol):
@@ -156,7 +163,7 @@ def _choose(problem: Problem, name: str) -> Backend:
         reason = why_not(candidate, problem)
         backend = load(candidate)
         if reason is None and not isinstance(backend, str):
-            if candidate == "reference" and name == "auto":
+            if candidate == "reference" and name == "auto" and problem.device_type != "meta":
                 _warn_slow(reasons)
             return backend
         reasons[candidate] = reason

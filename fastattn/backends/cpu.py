@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends import Gradients, Inputs, Outputs
+from fastattn.backends import Gradients, Inputs, Outputs, new_out
 from fastattn.backends.native import (
     DTYPES,
     dense,
@@ -113,10 +113,7 @@ class CPUBackend:
         inputs = dense(inputs)
         native = _native_problem(problem)
         sums = problem.accumulator_dtype
-        out = torch.empty(
-            (problem.batch, problem.query_length, problem.num_heads, problem.value_dim),
-            dtype=problem.dtype,
-        ).transpose(1, 2)
+        out = new_out(problem, inputs.query.device)
         S = z = None
         if problem.return_state:
             heads = (problem.state_batch, problem.num_kv_heads, problem.feature_dim)
@@ -158,9 +155,7 @@ class CPUBackend:
         return Gradients(query, key, value, S, z)
 
     def step(self, problem: Problem, inputs: Inputs) -> Tensor:
-        out = torch.empty(
-            (problem.batch, 1, problem.num_heads, problem.value_dim), dtype=problem.dtype
-        ).transpose(1, 2)
+        out = new_out(problem, inputs.query.device)
         numbers = (*numbers_of(inputs), *strided(out))
         _native.step(_native_problem(problem), numbers, torch.get_num_threads())
         return out

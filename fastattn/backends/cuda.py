@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends import Gradients, Inputs, Outputs
+from fastattn.backends import Gradients, Inputs, Outputs, new_out
 from fastattn.backends.native import (
     dense,
     form_of,
@@ -58,6 +58,9 @@ class CUDABackend:
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
+
+    def _new_out(self, problem: Problem, device: torch.device) -> Tensor:
+        return new_out(problem, device)
 
     def _empty_like(self, tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor)
@@ -113,10 +116,7 @@ class CUDABackend:
     def forward(self, problem: Problem, inputs: Inputs) -> Outputs:
         inputs = dense(inputs)
         native, device = self._native_problem(problem), inputs.query.device
-        out = self._empty(
-            (problem.batch, problem.query_length, problem.num_heads, problem.value_dim),
-            *(problem.dtype, device),
-        ).transpose(1, 2)
+        out = self._new_out(problem, device)
         S = z = None
         if problem.return_state:
             heads = (problem.state_batch, problem.num_kv_heads, problem.feature_dim)
@@ -167,10 +167,7 @@ class CUDABackend:
 
     def step(self, problem: Problem, inputs: Inputs) -> Tensor:
         device = inputs.query.device
-        out = self._empty(
-            (problem.batch, 1, problem.num_heads, problem.value_dim),
-            *(problem.dtype, device),
-        ).transpose(1, 2)
+        out = self._new_out(problem, device)
         index, stream = self._target(device)
         target = (index, stream, 0, *self._limits(index))
         self._library.step(

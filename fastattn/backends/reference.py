@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, einsum
 
-from fastattn.backends import Gradients, Inputs, Outputs
+from fastattn.backends import Gradients, Inputs, Outputs, new_out
 from fastattn.ops import feature_maps
 from fastattn.ops.problem import Problem
 
@@ -256,12 +256,11 @@ class ReferenceBackend:
 
     def forward(self, problem: Problem, inputs: Inputs) -> Outputs:
         q, accumulator = inputs.query, problem.accumulator_dtype
-        B, H, N, Dv = problem.batch, problem.num_heads, problem.query_length, problem.value_dim
-        out = q.new_zeros(B, N, H, Dv).transpose(1, 2)
+        out = new_out(problem, q.device).zero_()
         S = z = None
         if problem.return_state:
             leading = (problem.state_batch, problem.num_kv_heads, problem.feature_dim)
-            S = q.new_zeros(*leading, Dv, dtype=accumulator)
+            S = q.new_zeros(*leading, problem.value_dim, dtype=accumulator)
             z = q.new_zeros(leading, dtype=accumulator)
         for piece in pieces(problem, inputs):
             call = Call(problem, inputs, piece)
@@ -306,4 +305,4 @@ class ReferenceBackend:
         sums = call.sums()
         S.copy_(sums.S)
         z.copy_(sums.z)
-        return call.out(sums).to(inputs.query.dtype)
+        return new_out(problem, S.device).copy_(call.out(sums))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastattn.nn import feature_maps as learned_maps
+from fastattn.nn import masks
 from fastattn.ops import (
     LinearAttentionState,
     feature_maps,
@@ -191,15 +192,16 @@ class LinearAttention(nn.Module):
             raise NotImplementedError(
                 "need_weights=True: linear attention never forms the weights; pass False"
             )
-        causal = _is_causal(attn_mask, is_causal) or self.is_causal
-        if query.is_nested:
-            return self._nested(query, key, value, key_padding_mask, causal), None
+        if query.is_nested or key.is_nested or value.is_nested:
+            causal = is_causal or self.is_causal
+            return self._nested(query, key, value, key_padding_mask, attn_mask, causal), None
         self._check_inputs(query, key, value)
+        causal = self._is_causal(query, key, attn_mask, is_causal)
         q, k, v = self._project(query, key, value)
         mask = None
         if key_padding_mask is not None:
             expected = (k.shape[0], k.shape[2]) if key.dim() == 3 else (k.shape[2],)
-            mask = _key_mask(key_padding_mask, expected).view(k.shape[0], k.shape[2])
+            mask = masks.key_mask(key_padding_mask, expected).view(k.shape[0], k.shape[2])
         out = linear_attention(
             *self._features(q, k), v, is_causal=causal, key_mask=mask, **self._options
         )
@@ -207,7 +209,7 @@ class LinearAttention(nn.Module):
 
     def zero_state(self, batch_size: int) -> LinearAttentionState:
         """The state before the first token, for ``step``."""
-        weight = self.out_proj.weight
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
         features = self.head_dim
         if self.key_feature_map is not None:
             with torch.no_grad():
@@ -308,14 +310,30 @@ class LinearAttention(nn.Module):
         projected: Tensor = self.out_proj(out.flatten(-2))
         return projected
 
+    def _is_causal(self, query: Tensor, key: Tensor, mask: Tensor | None, hint: bool) -> bool:
+        if mask is None:
+            return hint or self.is_causal
+        tokens = 1 if query.dim() == 3 and self.batch_first else 0
+        shape = (query.shape[tokens], key.shape[tokens])
+        batch = query.shape[1 - tokens] if query.dim() == 3 else 1
+        return masks.is_causal(mask, hint, shape, batch * self.num_heads) or self.is_causal
+
     def _nested(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        causal: bool,
     ) -> Tensor:
         """nn.TransformerEncoder makes nested tensors of padded ones where it may."""
-        if query is not key or key is not value or mask is not None or not self.batch_first:
+        is_self = query is key and key is value
+        has_mask = key_padding_mask is not None or attn_mask is not None
+        if not is_self or has_mask or not self.batch_first:
             raise ValueError(
                 "nested tensors need self attention (the same tensor as query, key and value), "
-                "batch_first=True and no key_padding_mask"
+                "batch_first=True and no masks; for causal attention pass is_causal=True"
             )
         lengths = [row.shape[0] for row in query.unbind()]
         padded = query.to_padded_tensor(0.0)
@@ -323,6 +341,9 @@ class LinearAttention(nn.Module):
         ignored = tokens >= torch.tensor(lengths, device=padded.device).unsqueeze(1)
         out, _ = self(padded, padded, padded, key_padding_mask=ignored, is_causal=causal)
         rows = [row[:length] for row, length in zip(out, lengths)]
+        jagged: Any = query if query.layout == torch.jagged else None
+        if jagged is not None and jagged.lengths() is None:  # with the very sizes of the query
+            return torch.nested.nested_tensor_from_jagged(torch.cat(rows), jagged.offsets())
         return torch.nested.as_nested_tensor(rows, layout=query.layout)
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -349,48 +370,6 @@ def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int) -> None:
             f"heads of size embed_dim / num_heads = {embed_dim // num_heads} are too large: at "
             f"most {MAX_DIM}"
         )
-
-
-def _key_mask(padding: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Of ``torch.nn.MultiheadAttention``'s convention, True where a key takes part."""
-    if padding.shape != shape:
-        raise ValueError(f"key_padding_mask must have shape {shape}; got {tuple(padding.shape)}")
-    if padding.dtype == torch.bool:
-        return ~padding
-    if not padding.is_floating_point():
-        raise TypeError(f"key_padding_mask must be bool or floating point; got {padding.dtype}")
-    takes_part = padding == 0
-    known = (takes_part | (padding <= torch.finfo(padding.dtype).min)).all()
-    message = "key_padding_mask must hold 0 (take part) and -inf (ignore) only, if not bool"
-    if torch.compiler.is_compiling() or padding.device.type != "cpu":
-        torch._assert_async(known, message)
-    elif not known:
-        raise ValueError(message)
-    return takes_part
-
-
-def _is_causal(mask: Tensor | None, hint: bool) -> bool:
-    """Whether ``attn_mask`` and ``is_causal`` together ask for causal attention."""
-    if mask is None:
-        return hint
-    if torch.compiler.is_compiling():
-        if hint:
-            return True
-        raise ValueError(
-            "under torch.compile the contents of attn_mask can't be seen: for causal attention "
-            "pass is_causal=True"
-        )
-    hidden = mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
-    if mask.dtype == torch.bool or bool((hidden | (mask == 0)).all()):
-        if not hint and not hidden.any():
-            return False
-        is_square = mask.dim() == 2 and mask.shape[0] == mask.shape[1]
-        if is_square and torch.equal(hidden, torch.ones_like(hidden).triu(1)):
-            return True
-    raise ValueError(
-        "attn_mask must be the causal mask (N, N): linear attention can't choose which token sees "
-        f"which; got another mask of shape {tuple(mask.shape)}"
-    )
 
 
 @functools.cache

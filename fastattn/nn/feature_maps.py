@@ -220,7 +220,7 @@ def _per_head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     batch, heads, tokens, size = x.shape
     rows = x.transpose(0, 1).reshape(heads, batch * tokens, size)
     product = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
-    return product.view(heads, batch, tokens, -1).transpose(0, 1)
+    return product.view(heads, batch, tokens, weight.shape[-1]).transpose(0, 1)
 
 
 def _check_features(features: int | None, default: int) -> int:

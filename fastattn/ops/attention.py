@@ -11,9 +11,17 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastattn.ops import check, feature_maps
-from fastattn.ops.library import below_autograd, forward_op, step_op
+from fastattn.ops.library import (
+    TransformedForward,
+    below_autograd,
+    forward_op,
+    is_transformed,
+    refuse_forward_mode,
+    step_op,
+)
 from fastattn.ops.state import LinearAttentionState
 
 FeatureMapArgument = str | feature_maps.FeatureMap | Callable[[Tensor], Tensor]
@@ -126,7 +134,7 @@ def linear_attention(
         ValueError, TypeError: naming the argument, what was given and what is allowed.
 
     Under autocast query, key and value are cast as for ``scaled_dot_product_attention``; states
-    are not. There are no second derivatives.
+    are not. There are no second derivatives and none in forward mode (``torch.func.jvp``).
 
     Source: Katharopoulos et al., "Transformers are RNNs", 2020, https://arxiv.org/abs/2006.16236.
     """
@@ -134,7 +142,9 @@ def linear_attention(
         *(query, key, value, feature_map, is_causal, normalize, scale, key_mask, cu_seqlens),
         *(cu_seqlens_k, initial_state, return_state, enable_gqa, eps, backend, form),
     )
-    if arguments[NEEDS_GRAD] or torch.compiler.is_compiling():
+    if is_transformed():
+        out, S, z, _ = TransformedForward.apply(*arguments)  # type: ignore[no-untyped-call]
+    elif arguments[NEEDS_GRAD] or torch.compiler.is_compiling():
         out, S, z, _ = forward_op(*arguments)
     else:
         with below_autograd():
@@ -182,6 +192,9 @@ def op_arguments(
         _check_state("initial_state", initial_state, sequences, key, value, phi)
         S, z = initial_state
         needs_grad |= torch.is_grad_enabled() and (S.requires_grad or z.requires_grad)
+    _check_forward_mode(query, key, value, S, z)
+    if is_transformed():  # what vmap has wrapped doesn't say whether a gradient is wanted
+        needs_grad = torch.is_grad_enabled()
     return (
         *(query, key, value, key_mask, cu_seqlens, cu_seqlens_k, S, z),
         *(phi, is_causal, normalize, float(scale), float(eps), form),
@@ -250,9 +263,13 @@ def linear_attention_step(
             "linear_attention_step has no gradient, because it overwrites the state; call it under "
             "torch.no_grad(), or linear_attention(..., initial_state=state, return_state=True)"
         )
-    return step_op(
+    _check_forward_mode(query, key, value, S, z)
+    out = step_op(
         query, key, value, key_mask, S, z, phi, normalize, float(scale), float(eps), backend
     )
+    if not torch.compiler.is_compiling() and not S.is_inference():
+        torch._C._increment_version((S, z))
+    return out
 
 
 def _check_step(
@@ -333,7 +350,7 @@ def _prepare(
     if scale is None:
         scale = 1.0
     if isinstance(feature_map, feature_maps.FeatureMap):
-        feature_map = feature_map.name
+        feature_map = feature_maps.name_of(feature_map)
     if not isinstance(feature_map, str):
         if not callable(feature_map):
             raise feature_maps.unknown(feature_map)
@@ -344,6 +361,14 @@ def _prepare(
     if is_real and torch.is_autocast_enabled(value.device.type):
         query, key, value = (_autocast(x) for x in (query, key, value))
     return query, key, value, feature_map, scale
+
+
+def _check_forward_mode(*tensors: Tensor | None) -> None:
+    """Dual numbers would lose their tangents on the way: derivatives of 0."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        refuse_forward_mode()
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -221,6 +221,17 @@ def get(name: str) -> FeatureMap:
         raise unknown(name) from None
 
 
+def name_of(feature_map: FeatureMap) -> str:
+    """The name of a fused map; ValueError for what only looks like one."""
+    if FEATURE_MAPS.get(feature_map.name) is not feature_map:
+        raise ValueError(
+            f"feature_map is a {type(feature_map).__name__}, which is none of the maps inside the "
+            "kernels (fastattn.feature_maps.get(name)); a map of your own is a module or function "
+            "that gives non-negative features"
+        )
+    return feature_map.name
+
+
 def unknown(name: object) -> ValueError:
     """The error for what is no feature map, with the nearest name."""
     near = difflib.get_close_matches(str(name).lower(), FEATURE_MAPS, n=1)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.backends import Inputs
+from fastattn.backends import Inputs, new_out
 from fastattn.ops.check import check_offsets
 from fastattn.ops.problem import Problem
 
@@ -54,6 +54,7 @@ step_op = torch.ops.fastattn.step.default
 # Calls inside go straight to the kernels; torch.library uses the same guard. With nothing to
 # differentiate it also saves an eager call the walk through the autograd kernel.
 below_autograd = torch._C._AutoDispatchBelowAutograd
+is_transformed = torch._C._are_functorch_transforms_active  # by torch.func or torch.vmap
 
 
 # --- the problem ------------------------------------------------------------------------------
@@ -163,14 +164,14 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs, options, backend = split_arguments(args)
     p = problem_of(inputs, *options)
-    out = inputs.query.new_empty(p.batch, p.query_length, p.num_heads, p.value_dim)
+    out = new_out(p, inputs.query.device)
     saved_size = backends.choose(p, backend).saved_size(p)
     saved = inputs.query.new_empty(saved_size, dtype=p.accumulator_dtype)
     S, z = _nothing(saved), _nothing(saved)
     if p.return_state:
         leading = (p.state_batch, p.num_kv_heads, p.feature_dim)
         S, z = saved.new_empty(*leading, p.value_dim), saved.new_empty(leading)
-    return out.transpose(1, 2), S, z, saved
+    return out, S, z, saved
 
 
 class _Forward(torch.autograd.Function):
@@ -179,31 +180,67 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with below_autograd():
-            out, S, z, saved = forward_op(*args)
-        ctx.save_for_backward(saved, *args[:_NUM_INPUTS])
-        ctx.options = args[_NUM_INPUTS:]
-        ctx.shapes = out.shape, S.shape, z.shape
-        return_state = args[_RETURN_STATE]
-        ctx.mark_non_differentiable(*([saved] if return_state else [saved, S, z]))
-        ctx.set_materialize_grads(False)
-        return out, S, z, saved
+            outputs = forward_op(*args)
+        _keep_for_backward(ctx, args, outputs)
+        return outputs
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_out: Tensor | None, grad_S: Tensor | None, grad_z: Tensor | None, _: None
-    ) -> tuple[Tensor | None, ...]:
-        saved, *inputs = ctx.saved_tensors
-        out_shape, S_shape, z_shape = ctx.shapes
-        if grad_out is None:  # the loss depends on the state alone
-            grad_out = inputs[0].new_zeros(out_shape)
-        if grad_S is not None or grad_z is not None:
-            grad_S = saved.new_zeros(S_shape) if grad_S is None else grad_S
-            grad_z = saved.new_zeros(z_shape) if grad_z is None else grad_z
-        gradients = backward_op(saved, grad_out, grad_S, grad_z, *inputs, *ctx.options)
-        query, key, value, *states = gradients
-        initial = (None, None) if inputs[-1] is None else tuple(states)
-        no_options = (None,) * len(ctx.options)
-        return query, key, value, None, None, None, *initial, *no_options
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(backward_op, ctx, grads)
+
+
+class TransformedForward(torch.autograd.Function):
+    """The same where torch.func or torch.vmap transforms the call: around the op, because their
+    levels are not seen inside of it, and with the two parts of ``forward`` apart, which costs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with below_autograd():
+            return forward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _keep_for_backward(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(_Backward.apply, ctx, grads)
+
+    @staticmethod
+    def jvp(*_: Any) -> NoReturn:
+        refuse_forward_mode()
+
+
+def _keep_for_backward(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    out, S, z, saved = outputs
+    ctx.save_for_backward(saved, *args[:_NUM_INPUTS])
+    ctx.options = args[_NUM_INPUTS:]
+    ctx.shapes = out.shape, S.shape, z.shape
+    return_state = args[_RETURN_STATE]
+    ctx.mark_non_differentiable(*([saved] if return_state else [saved, S, z]))
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    compute: Callable[..., tuple[Tensor, ...]],
+    ctx: Any,
+    grads: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    grad_out, grad_S, grad_z, _ = grads
+    saved, *inputs = ctx.saved_tensors
+    out_shape, S_shape, z_shape = ctx.shapes
+    if grad_out is None:  # the loss depends on the state alone
+        grad_out = inputs[0].new_zeros(out_shape)
+    if grad_S is not None or grad_z is not None:
+        grad_S = saved.new_zeros(S_shape) if grad_S is None else grad_S
+        grad_z = saved.new_zeros(z_shape) if grad_z is None else grad_z
+    gradients = compute(saved, grad_out, grad_S, grad_z, *inputs, *ctx.options)
+    query, key, value, *states = gradients
+    initial = (None, None) if inputs[-1] is None else tuple(states)
+    no_options = (None,) * len(ctx.options)
+    return query, key, value, None, None, None, *initial, *no_options
 
 
 def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -240,10 +277,20 @@ def _backward_fake(
 class _Backward(torch.autograd.Function):
     """The end of the chain: first derivatives only."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         with below_autograd():
             return backward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def jvp(*_: Any) -> NoReturn:
+        refuse_forward_mode()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -306,7 +353,15 @@ def _step_plan(
 
 
 def _step_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
-    return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[3]).transpose(1, 2)
+    shape = (*query.shape[:3], value.shape[3])
+    return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=query.dtype, device=query.device)
+
+
+def refuse_forward_mode() -> NoReturn:
+    raise NotImplementedError(
+        "linear attention has no derivatives in forward mode (torch.func.jvp, jacfwd, hessian, "
+        "torch.autograd.forward_ad); take reverse mode: torch.func.vjp, jacrev, backward()"
+    )
 
 
 def split_arguments(args: tuple[Any, ...]) -> tuple[Inputs, tuple[Any, ...], str]:

@@ -55,6 +55,11 @@ class EmulatedBackend(CUDABackend):
         self._allow(tensor, writable=True)
         return tensor
 
+    def _new_out(self, problem: Problem, device: torch.device) -> Tensor:
+        out = super()._new_out(problem, device)
+        self._allow(out, writable=True)
+        return out
+
     def _empty_like(self, tensor: Tensor) -> Tensor:
         result = super()._empty_like(tensor)
         self._allow(result, writable=True)

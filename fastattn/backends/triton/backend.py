@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends import Gradients, Inputs, Outputs
+from fastattn.backends import Gradients, Inputs, Outputs, new_out
 from fastattn.backends.triton import plan as plans
 from fastattn.backends.triton import table
 from fastattn.backends.triton.launch import INTERPRETED, are_usual
@@ -158,9 +158,7 @@ class TritonBackend:
 
     def forward(self, problem: Problem, inputs: Inputs) -> Outputs:
         query, sums = inputs.query, torch.float32
-        out = query.new_empty(
-            (problem.batch, problem.query_length, problem.num_heads, problem.value_dim)
-        ).transpose(1, 2)
+        out = new_out(problem, query.device)
         S = z = None
         if problem.return_state:
             heads = (problem.state_batch, problem.num_kv_heads, problem.feature_dim)
@@ -208,8 +206,7 @@ class TritonBackend:
 
     def step(self, problem: Problem, inputs: Inputs) -> Tensor:
         query = inputs.query
-        shape = (problem.batch, 1, problem.num_heads, problem.value_dim)
-        out = query.new_empty(shape).transpose(1, 2)
+        out = new_out(problem, query.device)
         target = self._target(query, _unit_of(*inputs[:3], out), problem.dtype)
         state = inputs.initial_S
         assert state is not None
