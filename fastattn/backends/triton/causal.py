@@ -113,8 +113,8 @@ def forward(
             k = load_tile(key_row, rows, features, keep, key_n, key_d, D, BLOCK_F, UNIT)
             v = load_tile(value_row, rows, values, keep, value_n, value_d, DV, BLOCK_V, UNIT)
             phi_k, _ = phi_of_keys(k, features, keep, L_z, D, BLOCK_F, MAP)
-            keys = tl.trans(operand(phi_k, OPERAND))
-            state = operand(P + L, OPERAND)
+            keys = tl.trans(operand(phi_k, OPERAND, PRECISION))
+            state = operand(P + L, OPERAND, PRECISION)
             for member in range(GROUP):
                 h = head * GROUP + member
                 query_row = at(query, batch, h, first + t, query_b, query_h, query_n, UNIT)
@@ -122,10 +122,12 @@ def forward(
                     query_row, rows, features, in_range, query_n, query_d, D, BLOCK_F, UNIT
                 )
                 phi_q, _ = phi_of_queries(q, features, scale, D, BLOCK_F, MAP, NORMALIZE)
-                queries = operand(phi_q, OPERAND)
+                queries = operand(phi_q, OPERAND, PRECISION)
                 A = lower(matmul(queries, keys, PRECISION), CHUNK)
                 o = flipped_matmul(queries, state, PRECISION)
-                o = flipped_matmul_add(operand(A, OPERAND), operand(v, OPERAND), o, PRECISION)
+                o = flipped_matmul_add(
+                    operand(A, OPERAND, PRECISION), operand(v, OPERAND, PRECISION), o, PRECISION
+                )
                 if NORMALIZE:
                     den = tl.sum(A, 1) + tl.sum(phi_q * (P_z + L_z)[None, :], 1)
                     o *= inverse_denominator(den, eps)[:, None]

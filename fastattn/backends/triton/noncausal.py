@@ -66,13 +66,13 @@ def emit_segment(
     rows, features = tl.arange(0, CHUNK), tl.arange(0, BLOCK_F)
     if MAP == "efficient":
         S *= inverse_or_zero(z)[:, None]
-    right = operand(S, OPERAND)
+    right = operand(S, OPERAND, PRECISION)
     for t in range(begin, end, CHUNK):
         keep = rows < end - t
         query_row = at(query, batch, head, first + t, query_b, query_h, query_n, UNIT)
         q = load_tile(query_row, rows, features, keep, query_n, query_d, D, BLOCK_F, UNIT)
         phi_q, _ = phi_of_queries(q, features, scale, D, BLOCK_F, MAP, NORMALIZE)
-        o = matmul(operand(phi_q, OPERAND), right, PRECISION)
+        o = matmul(operand(phi_q, OPERAND, PRECISION), right, PRECISION)
         if NORMALIZE and MAP != "efficient":
             o *= inverse_denominator(tl.sum(phi_q * z[None, :], 1), eps)[:, None]
         out_row = at(out, batch, head, first + t, out_b, out_h, out_n, UNIT)
@@ -180,14 +180,14 @@ def backward_of_queries(
     rows, features = tl.arange(0, CHUNK), tl.arange(0, BLOCK_F)
     if MAP == "efficient":
         S *= inverse_or_zero(z)[:, None]
-    S_transposed = tl.trans(operand(S, OPERAND))
+    S_transposed = tl.trans(operand(S, OPERAND, PRECISION))
     for t in range(begin, end, CHUNK):
         keep = rows < end - t
         query_row = at(query, batch, head, first + t, query_b, query_h, query_n, UNIT)
         out_row = at(grad_out, batch, head, first + t, grad_out_b, grad_out_h, grad_out_n, UNIT)
         q = load_tile(query_row, rows, features, keep, query_n, query_d, D, BLOCK_F, UNIT)
         do = load_tile(out_row, rows, values, keep, grad_out_n, grad_out_d, DV, BLOCK_V, UNIT)
-        do = operand(do, OPERAND)
+        do = operand(do, OPERAND, PRECISION)
         phi_q, norm = phi_of_queries(q, features, scale, D, BLOCK_F, MAP, NORMALIZE)
         dphi = flipped_matmul(do, S_transposed, PRECISION)
         scaled = phi_q
@@ -200,7 +200,7 @@ def backward_of_queries(
             delta = tl.where(keep, delta, 0.0)
             dphi += delta[:, None] * z[None, :]
             dz += tl.sum(delta[:, None] * phi_q, 0)
-        dS = matmul_add(tl.trans(operand(scaled, OPERAND)), do, dS, PRECISION)
+        dS = matmul_add(tl.trans(operand(scaled, OPERAND, PRECISION)), do, dS, PRECISION)
         dq = chain_queries(phi_q, norm, dphi, features, scale, D, MAP, NORMALIZE)
         dq, keep = sum_over_value_tiles(
             sums, dq, batch, head, num_heads, first + t, query_length, rows, features, keep,
@@ -226,7 +226,7 @@ def backward_of_keys(
 ):  # fmt: skip
     """dk and dv of the keys `begin` to `end`."""
     rows, features = tl.arange(0, CHUNK), tl.arange(0, BLOCK_F)
-    right = operand(dS, OPERAND)
+    right = operand(dS, OPERAND, PRECISION)
     right_transposed = tl.trans(right)
     for t in range(begin, end, CHUNK):
         in_range = rows < end - t
@@ -238,8 +238,11 @@ def backward_of_keys(
         phi_k, norm = phi_of_keys(k, features, keep, maximum, D, BLOCK_F, MAP)
         if MAP == "efficient":
             phi_k *= inverse_sum[None, :]
-        dphi = flipped_matmul(operand(v, OPERAND), right_transposed, PRECISION) + dz[None, :]
-        dv = flipped_matmul(operand(phi_k, OPERAND), right, PRECISION)
+        dphi = (
+            flipped_matmul(operand(v, OPERAND, PRECISION), right_transposed, PRECISION)
+            + dz[None, :]
+        )
+        dv = flipped_matmul(operand(phi_k, OPERAND, PRECISION), right, PRECISION)
         dk = chain_keys(phi_k, norm, dphi, features, keep, column_sum, D, MAP)
         dv_row = at(
             grad_value, batch, head, first + t, grad_value_b, grad_value_h, grad_value_n, UNIT

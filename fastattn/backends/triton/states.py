@@ -114,7 +114,9 @@ def add_key(
     S, z, phi_k, v, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S += phi(k)^T v, z += sum of phi(k)."""
-    S = matmul_add(tl.trans(operand(phi_k, OPERAND)), operand(v, OPERAND), S, PRECISION)
+    S = matmul_add(
+        tl.trans(operand(phi_k, OPERAND, PRECISION)), operand(v, OPERAND, PRECISION), S, PRECISION
+    )
     return S, z + tl.sum(phi_k, 0)
 
 

@@ -65,7 +65,7 @@ def sweep_forward(
         k = load_tile(key_row, rows, features, keep, key_n, key_d, D, BLOCK_F, UNIT)
         v = load_tile(value_row, rows, values, keep, value_n, value_d, DV, BLOCK_V, UNIT)
         phi_k, _ = phi_of_keys(k, features, keep, z, D, BLOCK_F, MAP)
-        keys = operand(phi_k, OPERAND)
+        keys = operand(phi_k, OPERAND, PRECISION)
         for member in range(GROUP):
             h = head * GROUP + member
             query_row = at(query, batch, h, first + t, query_b, query_h, query_n, UNIT)
@@ -74,17 +74,17 @@ def sweep_forward(
             do = load_tile(
                 out_row, rows, values, in_range, grad_out_n, grad_out_d, DV, BLOCK_V, UNIT
             )
-            do = operand(do, OPERAND)
+            do = operand(do, OPERAND, PRECISION)
             phi_q, norm = phi_of_queries(q, features, scale, D, BLOCK_F, MAP, NORMALIZE)
-            scaled = operand(phi_q, OPERAND)
+            scaled = operand(phi_q, OPERAND, PRECISION)
             if NORMALIZE:
                 A = lower(matmul(scaled, tl.trans(keys), PRECISION), CHUNK)
                 den = tl.sum(A, 1) + tl.sum(phi_q * z[None, :], 1)
                 inverse = inverse_denominator_of_gradient(den, eps)
-                scaled = operand(phi_q * inverse[:, None], OPERAND)
-            dphi = flipped_matmul(do, tl.trans(operand(S, OPERAND)), PRECISION)
-            dA = lower(matmul(do, tl.trans(operand(v, OPERAND)), PRECISION), CHUNK)
-            dphi = flipped_matmul_add(operand(dA, OPERAND), keys, dphi, PRECISION)
+                scaled = operand(phi_q * inverse[:, None], OPERAND, PRECISION)
+            dphi = flipped_matmul(do, tl.trans(operand(S, OPERAND, PRECISION)), PRECISION)
+            dA = lower(matmul(do, tl.trans(operand(v, OPERAND, PRECISION)), PRECISION), CHUNK)
+            dphi = flipped_matmul_add(operand(dA, OPERAND, PRECISION), keys, dphi, PRECISION)
             L = matmul_add(tl.trans(scaled), do, L, PRECISION)
             if NORMALIZE:
                 dphi *= inverse[:, None]
@@ -135,8 +135,8 @@ def sweep_reverse(
         k = load_tile(key_row, rows, features, keep, key_n, key_d, D, BLOCK_F, UNIT)
         v = load_tile(value_row, rows, values, keep, value_n, value_d, DV, BLOCK_V, UNIT)
         phi_k, norm = phi_of_keys(k, features, keep, T_z, D, BLOCK_F, MAP)
-        keys, v = operand(phi_k, OPERAND), operand(v, OPERAND)
-        later = operand(T, OPERAND)
+        keys, v = operand(phi_k, OPERAND, PRECISION), operand(v, OPERAND, PRECISION)
+        later = operand(T, OPERAND, PRECISION)
         dphi = flipped_matmul(v, tl.trans(later), PRECISION) + T_z[None, :]
         dv = flipped_matmul(keys, later, PRECISION)
         for member in range(GROUP):
@@ -147,9 +147,9 @@ def sweep_reverse(
             do = load_tile(
                 out_row, rows, values, in_range, grad_out_n, grad_out_d, DV, BLOCK_V, UNIT
             )
-            do = operand(do, OPERAND)
+            do = operand(do, OPERAND, PRECISION)
             phi_q, _ = phi_of_queries(q, features, scale, D, BLOCK_F, MAP, NORMALIZE)
-            queries = operand(phi_q, OPERAND)
+            queries = operand(phi_q, OPERAND, PRECISION)
             A = lower(matmul(queries, tl.trans(keys), PRECISION), CHUNK)
             dA = matmul(do, tl.trans(v), PRECISION)
             scaled = queries
@@ -159,10 +159,10 @@ def sweep_reverse(
                 delta = tl.load(row + 2 * rows + 1, mask=in_range, other=0.0)
                 A *= inverse[:, None]
                 dA = dA * inverse[:, None] + delta[:, None]
-                scaled = operand(phi_q * inverse[:, None], OPERAND)
+                scaled = operand(phi_q * inverse[:, None], OPERAND, PRECISION)
                 T_z += tl.sum(delta[:, None] * phi_q, 0)
-            dv = flipped_matmul_add(tl.trans(operand(A, OPERAND)), do, dv, PRECISION)
-            dA = tl.trans(operand(lower(dA, CHUNK), OPERAND))
+            dv = flipped_matmul_add(tl.trans(operand(A, OPERAND, PRECISION)), do, dv, PRECISION)
+            dA = tl.trans(operand(lower(dA, CHUNK), OPERAND, PRECISION))
             dphi = flipped_matmul_add(dA, queries, dphi, PRECISION)
             T = matmul_add(tl.trans(scaled), do, T, PRECISION)
         dk = chain_keys(phi_k, norm, dphi, features, keep, T_z, D, MAP)

@@ -135,32 +135,28 @@ def keys_kept(mask, batch, token, rows, in_range, stride_b, stride_n, HAS_MASK: 
 
 
 @triton.jit
-def operand(tile, OPERAND: tl.constexpr):
-    """A tile as the matrix units take it: bfloat16 for bfloat16 inputs, else float32."""
+def operand(tile, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile as the matrix units take it: bfloat16 for bfloat16 inputs, else float32, of which
+    they read all or (PRECISION "tf32") the first ten bits. They cut the others off, always towards
+    zero, and all features and sums would be too small: so it is rounded before."""
+    if PRECISION == "tf32":
+        tile = tile.to(tl.float32)
+        bits = (tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        tile = tl.where(tile == tile, bits.to(tl.float32, bitcast=True), tile)
     if INTERPRETED:
         return convert(tile, OPERAND).to(tl.float32)
     return convert(tile, OPERAND)
 
 
 @triton.jit
-def rounded(tile, PRECISION: tl.constexpr):
-    """To the nearest number of TF32: the matrix units cut off what is beyond, always towards zero,
-    and all features and sums would be too small."""
-    if PRECISION == "tf32" and tile.dtype == tl.float32:
-        bits = (tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-        tile = tl.where(tile == tile, bits.to(tl.float32, bitcast=True), tile)
-    return tile
-
-
-@triton.jit
 def matmul(a, b, PRECISION: tl.constexpr):
-    """a b in float32. PRECISION ("ieee" or "tf32") says what float32 operands are rounded to."""
-    return tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), input_precision=PRECISION)
+    """a b in float32, of operands."""
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
 def matmul_add(a, b, c, PRECISION: tl.constexpr):
-    return tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), c, input_precision=PRECISION)
+    return tl.dot(a, b, c, input_precision=PRECISION)
 
 
 @triton.jit
