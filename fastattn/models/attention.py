@@ -22,12 +22,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastattn.models.cache import HOOK, causal
+from fastattn.models.cache import LAYER, StateLayer, causal
 from fastattn.models.families import ATTENTION_CLASSES, is_supported
+from fastattn.models.marks import MARK, NAME
 from fastattn.nn.feature_maps import for_kernel
 from fastattn.ops import linear_attention
 
-NAME = "fastattn_linear"
 SOFTMAX = "fastattn_softmax"
 HEAD = "fastattn_self_terminating"
 DEFAULT_MAP = "elu"
@@ -70,14 +70,15 @@ def linear_forward(
             "output_attentions=True, or restore softmax attention with fastattn.restore(model)"
         )
     _check_module(module)
-    keeps_softmax = getattr(module, "fastattn_feature_map", DEFAULT_MAP) is None
+    keeps_softmax = getattr(module, MARK, DEFAULT_MAP) is None
     if keeps_softmax or sliding_window is not None:
         return softmax_forward(
             module, query, key, value, attention_mask, scaling, dropout, sliding_window
         )
     if dropout and not torch.compiler.is_compiling():
         _say_no_dropout()
-    return linear(module, query, key, value, key_mask(attention_mask)).transpose(1, 2), None
+    mask = key_mask(attention_mask)
+    return linear(module, query, key, value, mask, kwargs.get(LAYER)).transpose(1, 2), None
 
 
 def softmax_forward(
@@ -101,18 +102,25 @@ def softmax_forward(
     return out.transpose(1, 2), None
 
 
-def linear(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def linear(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    layer: StateLayer | None = None,
+) -> Tensor:
     """Linear attention of one module, with its own feature maps if it has them; in a decoder
-    causal, with its state in the cache."""
+    causal, with its state in ``layer`` of the cache."""
     query_map = getattr(module, "query_feature_map", None)
     if query_map is not None:
         query, name = for_kernel(query_map, query)
         key, _ = for_kernel(module.key_feature_map, key)
     else:
-        name = getattr(module, "fastattn_feature_map", DEFAULT_MAP)
+        name = getattr(module, MARK, DEFAULT_MAP)
     value = value.to(query.dtype)
     if getattr(module, "is_causal", False):
-        return causal(module, query, key, value, mask, name)
+        return causal(layer, query, key, value, mask, name)
     return linear_attention(query, key, value, feature_map=name, key_mask=mask)
 
 
@@ -204,7 +212,7 @@ def _check_module(module: nn.Module) -> None:
         raise NotImplementedError(
             f"{name} has no linear attention; supported: {', '.join(ATTENTION_CLASSES.values())}"
         )
-    if getattr(module, "is_causal", False) and not hasattr(module, HOOK):
+    if getattr(module, "is_causal", False) and not hasattr(module, MARK):
         raise NotImplementedError(
             f"{name} is that of a decoder, whose cache needs fastattn.linearize(model)"
         )

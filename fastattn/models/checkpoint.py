@@ -18,9 +18,10 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fastattn.models.attention import HEAD, NAME
-from fastattn.models.conversion import FIELD, MARK, add_maps, check_settings, is_linear, record
+from fastattn.models.attention import HEAD
+from fastattn.models.conversion import add_maps, check_settings, record
 from fastattn.models.families import attention_modules
+from fastattn.models.marks import FIELD, MARK, NAME, is_linear
 
 
 def load(path: str | Path, **options: Any) -> Any:

@@ -12,15 +12,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fastattn.models.attention import HEAD, NAME
+from fastattn.models.attention import HEAD
 from fastattn.models.cache import add_state, remove_state
 from fastattn.models.families import attention_modules, is_decoder, is_local
+from fastattn.models.marks import FIELD, MARK, NAME, is_linear
 from fastattn.nn.feature_maps import LEARNED, make_pair
 from fastattn.ops import feature_maps
 
-FIELD = "fastattn"  # of the configuration: what linearize was asked for
 MAPS = ("query_feature_map", "key_feature_map")
-MARK = "fastattn_feature_map"  # of an attention module: its map's name; None: it keeps softmax
 UNUSABLE = ("identity", "features")  # not for projections, which can be negative
 
 
@@ -65,11 +64,6 @@ def restore(model: PreTrainedModel) -> Any:
     previous = getattr(model, "_fastattn_previous", None)
     model.set_attn_implementation(previous if previous not in (None, NAME) else "sdpa")
     return model
-
-
-def is_linear(config: Any) -> bool:
-    """Whether a model with this configuration was linearised."""
-    return getattr(config, FIELD, None) is not None
 
 
 def add_maps(model: PreTrainedModel, feature_map: str, layers: Sequence[int]) -> None:

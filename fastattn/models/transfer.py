@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from fastattn.models.attention import NAME, keep_2d_mask, key_mask, linear, softmax
-from fastattn.models.conversion import MAPS, MARK
+from fastattn.models.attention import keep_2d_mask, key_mask, linear, softmax
+from fastattn.models.conversion import MAPS
 from fastattn.models.families import attention_modules
+from fastattn.models.marks import MARK, NAME
 
 TRANSFER = "fastattn_transfer"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")

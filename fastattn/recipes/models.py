@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastattn.models.attention import SOFTMAX
-from fastattn.models.conversion import is_linear
+from fastattn.models.marks import is_linear
 from fastattn.models.families import attention_modules
 from fastattn.recipes.errors import ModelError
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import fastattn
 from fastattn.models import NAME
-from fastattn.models.conversion import is_linear
+from fastattn.models.marks import is_linear
 from tests.models.encoders import FAMILIES, inputs, make
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,8 @@ import torch
 
 import fastattn
 from fastattn.models import NAME
-from fastattn.models.conversion import MAPS, is_linear
+from fastattn.models.conversion import MAPS
+from fastattn.models.marks import is_linear
 from fastattn.models.families import attention_modules
 from tests.models.encoders import FAMILIES, inputs, make
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,51 @@ def test_beam_search_reorders_the_states() -> None:
     options = {"max_new_tokens": 10, "num_beams": 3, "do_sample": False}
     cached = model.generate(tokens(), use_cache=True, **options)
     assert torch.equal(cached, model.generate(tokens(), use_cache=False, **options))
+
+
+def test_threads_that_share_a_model_do_not_share_its_states() -> None:
+    model = make("GPT2")
+    prompts = [tokens(rows=1, count=3 + i % 5) for i in range(16)]
+
+    def generate(ids: torch.Tensor) -> torch.Tensor:
+        return model.generate(ids, max_new_tokens=12, do_sample=False)
+
+    expected = [generate(ids) for ids in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        for got, wanted in zip(pool.map(generate, prompts), expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "hedgehog"])
+def test_copies_and_pickles_decode_and_are_models_of_their_own(feature_map: str) -> None:
+    model = make("GPT2", feature_map)
+    expected = model.generate(tokens(), max_new_tokens=8, do_sample=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.generate(tokens(), max_new_tokens=8, do_sample=False), expected)
+        fastattn.restore(other).generate(tokens(), max_new_tokens=8, do_sample=False)
+        assert torch.equal(model.generate(tokens(), max_new_tokens=8, do_sample=False), expected)
+
+
+def test_softmax_by_name_keeps_its_keys() -> None:
+    """Of a linearised decoder, as to compare the two."""
+    softmax = make("GPT2", None)
+    model = fastattn.linearize(copy.deepcopy(softmax))
+    model.set_attn_implementation("sdpa")
+    generated = model.generate(tokens(), max_new_tokens=8, do_sample=False)
+    assert torch.equal(generated, softmax.generate(tokens(), max_new_tokens=8, do_sample=False))
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Bert"])
+def test_decoder_compiles_whole(family: str) -> None:
+    model = make(family, "hedgehog")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for count in (7, 12):
+        expected = model(input_ids=tokens(count=count), use_cache=False).logits
+        mask = torch.ones_like(tokens(count=count))
+        got = compiled(input_ids=tokens(count=count), attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(got, expected)
+        got.sum().backward()
+    torch.compiler.reset()
 
 
 def test_saved_decoder_comes_back(tmp_path: Path) -> None:
