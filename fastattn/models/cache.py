@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
@@ -24,7 +24,6 @@ from fastattn.models.marks import NAME
 from fastattn.ops import LinearAttentionState, linear_attention, linear_attention_step
 
 LAYER = "fastattn_state_layer"  # the argument of the attention function
-HOOK = "fastattn_state_hook"  # of an attention module that decodes; its handle
 
 
 class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, override, unused-ignore]
@@ -82,18 +81,6 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, o
                 self.recurrent_states[index] = change(value)
 
 
-def add_state(module: nn.Module) -> None:
-    """Let ``module``, the self-attention of a decoder, keep its state in the cache it is given."""
-    if not hasattr(module, HOOK):
-        setattr(module, HOOK, module.register_forward_pre_hook(_hand_layer, with_kwargs=True))
-
-
-def remove_state(module: nn.Module) -> None:
-    if hasattr(module, HOOK):
-        getattr(module, HOOK).remove()
-        delattr(module, HOOK)
-
-
 def causal(
     layer: StateLayer | None,
     query: Tensor,
@@ -104,7 +91,7 @@ def causal(
 ) -> Tensor:
     """Causal linear attention of new tokens (B, H, N, D), after those in the state of ``layer``."""
     new = query.shape[2]
-    mask = None if mask is None else mask[:, -new:]  # the mask is that of all tokens so far
+    mask = _mask_of_new(mask, new, new if layer is None else layer.get_seq_length())
     options: dict[str, Any] = {"feature_map": feature_map, "key_mask": mask}
     if layer is None:
         out: Tensor = linear_attention(query, key, value, is_causal=True, **options)
@@ -120,10 +107,29 @@ def causal(
     return out
 
 
-def _hand_layer(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _mask_of_new(mask: Tensor | None, new: int, total: int) -> Tensor | None:
+    """The part for the ``new`` last tokens of a mask that has all ``total`` so far.
+
+    Raises:
+        ValueError: it has another length.
+    """
+    if mask is None:
+        return None
+    if mask.shape[1] != total:
+        flat = " (GPT-2 flattens a mask of 3 dimensions)" if mask.shape[1] == new * total else ""
+        raise ValueError(
+            "attention_mask must have one column for each of the tokens so far, those in the cache "
+            f"included: shape (batch, {total}); got {tuple(mask.shape)}{flat}"
+        )
+    return mask[:, total - new :]
+
+
+def hand_layer(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The hook of a decoder's self-attention: its layer of the cache becomes an argument."""
+    if module.config._attn_implementation != NAME:
+        return args, kwargs  # set back to softmax by name, which needs its keys and values
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
-    # A model that was set back to softmax by name needs its keys and values.
-    if cache is None or module.config._attn_implementation != NAME:
+    if cache is None:
         return args, kwargs
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache

@@ -201,6 +201,72 @@ def test_decoder_trains() -> None:
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("family", ["GPT2", "Bert"])
+def test_attention_weights_and_other_masks_raise(family: str) -> None:
+    model, ids = make(family), tokens(count=7)
+    with pytest.raises(NotImplementedError, match="never forms its weights"):
+        model(input_ids=ids, output_attentions=True)
+    for shape in ((2, 6), (2, 8), (2, 1)):
+        with pytest.raises(ValueError, match=rf"shape \(batch, 7\); got \(2, {shape[1]}\)"):
+            model(input_ids=ids, attention_mask=torch.ones(shape))
+    message = "GPT-2 flattens a mask of 3" if family == "GPT2" else r"got shape \(2, 7, 7\)"
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        model(input_ids=ids, attention_mask=torch.ones(2, 7, 7))
+    cache = transformers.DynamicCache(config=model.config)
+    model(input_ids=ids, use_cache=True, **{_cache_argument(model): cache})
+    with pytest.raises(ValueError, match=r"those in the cache included: shape \(batch, 8\)"):
+        model(
+            input_ids=tokens(count=1),
+            attention_mask=torch.ones(2, 1),
+            use_cache=True,
+            **{_cache_argument(model): cache},
+        )
+
+
+def test_packed_texts_raise_also_when_compiled() -> None:
+    """Softmax keeps them apart where position_ids start again."""
+    model, ids = make("GPT2"), tokens(count=13)
+    packed = torch.tensor([[*range(6), *range(7)]])
+    with pytest.raises(NotImplementedError, match="texts in one row apart; give each a row"):
+        model(input_ids=ids, position_ids=packed, use_cache=False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    plain = torch.arange(13)[None]
+    expected = logits_of(model, ids)
+    got = compiled(input_ids=ids, position_ids=plain, use_cache=False).logits
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(RuntimeError, match="texts in one row apart"):
+        compiled(input_ids=ids, position_ids=packed, use_cache=False)
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_decoder_is_traced_with_positions() -> None:
+    model, ids = make("GPT2").requires_grad_(False), tokens(count=13)
+
+    def run(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+    plain = torch.arange(13).expand(2, -1)
+    traced = torch.jit.trace(run, (ids, plain), check_trace=False)
+    torch.testing.assert_close(traced(ids, plain), run(ids, plain))
+
+
+def test_a_decoder_is_not_made_bidirectional_in_silence() -> None:
+    model = make("GPT2")
+    with pytest.raises(NotImplementedError, match="is_causal=False: GPT2Attention is causal"):
+        model(input_ids=tokens(), is_causal=False)
+    model.config.is_causal = False
+    with pytest.raises(NotImplementedError, match="is_causal=False: GPT2Attention"):
+        model(input_ids=tokens())
+
+
+def test_softmax_for_training_is_refused_in_decoders() -> None:
+    model = make("GPT2", None)
+    model.set_attn_implementation("fastattn_softmax")
+    with pytest.raises(NotImplementedError, match='"fastattn_softmax" is not causal'):
+        model(input_ids=tokens())
+
+
 def test_what_a_decoder_cannot_do_raises() -> None:
     softmax = make("GPT2", None)
     with pytest.raises(NotImplementedError, match="all layers are made linear"):
