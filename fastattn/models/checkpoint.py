@@ -18,9 +18,9 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fastattn.models.attention import HEAD
+from fastattn.models.attention import HEAD, SOFTMAX
 from fastattn.models.conversion import add_maps, check_settings, record
-from fastattn.models.families import attention_modules
+from fastattn.models.families import ATTENTION_CLASSES, attention_modules
 from fastattn.models.marks import FIELD, MARK, NAME, is_linear
 
 
@@ -88,7 +88,8 @@ def _complete_attention(model: PreTrainedModel, config: Any) -> None:
         raise ValueError(
             f"this checkpoint was linearised; it can't be loaded with attn_implementation="
             f"{config._attn_implementation!r}: leave that out, and for softmax attention call "
-            "fastattn.restore(model) afterwards"
+            "fastattn.restore(model) afterwards. A composite model must be told the attention of "
+            f"its linearised part: attn_implementation={{'encoder': {NAME!r}}}"
         )
     settings = getattr(config, FIELD)
     if not isinstance(settings, dict) or set(settings) != {"feature_map", "layers"}:
@@ -99,7 +100,8 @@ def _complete_attention(model: PreTrainedModel, config: Any) -> None:
 
 
 def install() -> None:
-    """Have ``complete`` run at the end of every transformers model's construction."""
+    """Have ``complete`` run at the end of every transformers model's construction, and
+    ``set_attn_implementation`` say where it has no effect."""
     post_init: Any = PreTrainedModel.post_init
     if hasattr(post_init, "__wrapped__"):
         return
@@ -109,7 +111,34 @@ def install() -> None:
         post_init(self)
         complete(self)
 
+    set_attention: Any = PreTrainedModel.set_attn_implementation
+
+    @functools.wraps(set_attention)
+    def set_and_check(
+        self: PreTrainedModel, attn_implementation: Any, *args: Any, **rest: Any
+    ) -> Any:
+        result = set_attention(self, attn_implementation, *args, **rest)
+        if attn_implementation in (NAME, SOFTMAX):
+            check_taken(self, attn_implementation)
+        return result
+
     PreTrainedModel.post_init = post_init_and_complete  # type: ignore[method-assign]
+    PreTrainedModel.set_attn_implementation = set_and_check  # type: ignore[method-assign]
+
+
+def check_taken(model: PreTrainedModel, name: str) -> None:
+    """transformers only logs a line where a model doesn't call the attention interface.
+
+    Raises:
+        NotImplementedError: ``model``, or a part of it, keeps another attention than ``name``.
+    """
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for part in parts:
+        if part.config._attn_implementation != name:
+            raise NotImplementedError(
+                f"{type(part).__name__} does not take attn_implementation={name!r}: it keeps its "
+                f"own attention; supported: {', '.join(ATTENTION_CLASSES)}"
+            )
 
 
 install()
