@@ -114,27 +114,28 @@ def install() -> None:
     set_attention: Any = PreTrainedModel.set_attn_implementation
 
     @functools.wraps(set_attention)
-    def set_and_check(
-        self: PreTrainedModel, attn_implementation: Any, *args: Any, **rest: Any
-    ) -> Any:
+    def set_and_check(self: Any, attn_implementation: Any, *args: Any, **rest: Any) -> Any:
+        parts = [part for part in self.modules() if isinstance(part, PreTrainedModel)]
+        before = [part.config._attn_implementation for part in parts]
         result = set_attention(self, attn_implementation, *args, **rest)
         if attn_implementation in (NAME, SOFTMAX):
-            check_taken(self, attn_implementation)
+            _check_taken(parts, before, attn_implementation)
         return result
 
     PreTrainedModel.post_init = post_init_and_complete  # type: ignore[method-assign]
     PreTrainedModel.set_attn_implementation = set_and_check  # type: ignore[method-assign]
 
 
-def check_taken(model: PreTrainedModel, name: str) -> None:
+def _check_taken(parts: list[Any], before: list[str], name: str) -> None:
     """transformers only logs a line where a model doesn't call the attention interface.
 
     Raises:
-        NotImplementedError: ``model``, or a part of it, keeps another attention than ``name``.
+        NotImplementedError: a part keeps another attention than ``name``; all are set back.
     """
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     for part in parts:
         if part.config._attn_implementation != name:
+            for one, previous in zip(parts, before, strict=True):
+                one.config._attn_implementation = previous
             raise NotImplementedError(
                 f"{type(part).__name__} does not take attn_implementation={name!r}: it keeps its "
                 f"own attention; supported: {', '.join(ATTENTION_CLASSES)}"

@@ -214,6 +214,7 @@ def test_other_models_raise_and_are_never_left_with_softmax() -> None:
     for name in (NAME, attention_module.SOFTMAX):
         with pytest.raises(NotImplementedError, match=f"MPNetModel does not take.*{name}.*albert"):
             model.set_attn_implementation(name)
+        assert model.config._attn_implementation != name
     model = transformers.AutoModel.from_config(llama, attn_implementation="sdpa")
     model.set_attn_implementation(NAME)
     with pytest.raises(NotImplementedError, match="LlamaAttention has no linear attention"):
@@ -253,6 +254,23 @@ def test_the_narrowest_windows_are_those_of_transformers(reach: int) -> None:
         expected = model(**batch).last_hidden_state
         got = fastattn.linearize(model, layers=[])(**batch).last_hidden_state
     torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+def test_exports_with_any_length() -> None:
+    class Hidden(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = fastattn.linearize(make("Bert"), "hedgehog")
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    module, example = Hidden(), tuple(inputs().values())
+    free = {i: torch.export.Dim(name, min=2, max=60) for i, name in enumerate(("rows", "tokens"))}
+    exported = torch.export.export(module, example, dynamic_shapes=(free, free)).module()
+    for rows, tokens in ((2, 5), (5, 29), (3, 32)):
+        batch = tuple(inputs(rows, tokens).values())
+        torch.testing.assert_close(exported(*batch), module(*batch), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 9, 11, 30])
