@@ -12,9 +12,9 @@ except ModuleNotFoundError as error:
     message = "fastattn.models needs transformers: pip install 'fastattn[models]'"
     raise ModuleNotFoundError(message, name="transformers") from error
 
-from fastattn.models.attention import NAME
 from fastattn.models.checkpoint import load
 from fastattn.models.conversion import linearize, restore
+from fastattn.models.marks import NAME
 from fastattn.models.positions import extend_positions
 
 __all__ = ["NAME", "extend_positions", "linearize", "load", "restore"]

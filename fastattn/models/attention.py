@@ -13,36 +13,67 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastattn.models.cache import HOOK, causal
-from fastattn.models.families import ATTENTION_CLASSES, is_supported
+from fastattn.models.cache import LAYER, StateLayer, causal
+from fastattn.models.checks import check_causality, check_module, check_softmax, check_weights
+from fastattn.models.marks import MARK, NAME
 from fastattn.nn.feature_maps import for_kernel
 from fastattn.ops import linear_attention
 
-NAME = "fastattn_linear"
 SOFTMAX = "fastattn_softmax"
 HEAD = "fastattn_self_terminating"
 DEFAULT_MAP = "elu"
 SHORT = 256  # keys, up to which products in bfloat16 beat PyTorch's kernel on a CPU
 
 
-def keep_2d_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+def keep_2d_mask(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    mask_function: Callable[..., Any] = bidirectional_mask_function,
+    **kwargs: Any,
+) -> Tensor | None:
     """The padding mask (B, M), unchanged.
 
     Raises:
-        NotImplementedError: the model adds rules of its own about which token sees which.
+        NotImplementedError: the model adds rules of its own about which token sees which, or
+            position_ids say that several texts share a row.
     """
     if kwargs.get("use_vmap"):
         raise NotImplementedError("linear attention takes a padding mask, no other mask function")
+    known = mask_function in (causal_mask_function, bidirectional_mask_function)
+    if not known and "local_size" not in kwargs:
+        _refuse_packing(mask_function, **kwargs)
     return attention_mask
+
+
+def _refuse_packing(mask_function: Callable[..., Any], **sizes: Any) -> None:
+    """transformers hides texts packed into one row from each other where their position_ids start
+    again. While tracing it can't tell whether they do, so that is checked when the graph runs (not
+    in one of torch.jit.trace, which drops the check)."""
+    message = (
+        "position_ids start again within a row: linear attention does not keep several texts in "
+        "one row apart; give each a row of its own, with an attention_mask"
+    )
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if not (tracing or torch.compiler.is_compiling()):
+        raise NotImplementedError(message)
+    rows = torch.arange(sizes["batch_size"], device=sizes["device"])
+    last = torch.full_like(rows, sizes["q_length"] - 1)
+    whole = mask_function(rows, torch.zeros_like(rows), last, torch.zeros_like(rows))
+    torch._assert_async(whole.all(), message)
 
 
 def linear_forward(
@@ -64,20 +95,18 @@ def linear_forward(
         sliding_window: such layers (ModernBERT's) keep softmax, in blocks: they are linear in the
             length already.
     """
-    if kwargs.get("output_attentions"):
-        raise NotImplementedError(
-            "linear attention never forms its weights: call the model without "
-            "output_attentions=True, or restore softmax attention with fastattn.restore(model)"
-        )
-    _check_module(module)
-    keeps_softmax = getattr(module, "fastattn_feature_map", DEFAULT_MAP) is None
+    check_weights(kwargs)
+    check_module(module)
+    check_causality(module, kwargs)
+    keeps_softmax = getattr(module, MARK, DEFAULT_MAP) is None
     if keeps_softmax or sliding_window is not None:
         return softmax_forward(
             module, query, key, value, attention_mask, scaling, dropout, sliding_window
         )
     if dropout and not torch.compiler.is_compiling():
         _say_no_dropout()
-    return linear(module, query, key, value, key_mask(attention_mask)).transpose(1, 2), None
+    mask = key_mask(attention_mask)
+    return linear(module, query, key, value, mask, kwargs.get(LAYER)).transpose(1, 2), None
 
 
 def softmax_forward(
@@ -91,7 +120,8 @@ def softmax_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As ``linear_forward``, with softmax attention."""
+    """As ``linear_forward``, with softmax attention, which is not causal."""
+    check_softmax(module, kwargs)
     mask = key_mask(attention_mask)
     if sliding_window is None:
         out = softmax(query, key, value, mask, scaling, dropout)
@@ -101,18 +131,25 @@ def softmax_forward(
     return out.transpose(1, 2), None
 
 
-def linear(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def linear(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    layer: StateLayer | None = None,
+) -> Tensor:
     """Linear attention of one module, with its own feature maps if it has them; in a decoder
-    causal, with its state in the cache."""
+    causal, with its state in ``layer`` of the cache."""
     query_map = getattr(module, "query_feature_map", None)
     if query_map is not None:
         query, name = for_kernel(query_map, query)
         key, _ = for_kernel(module.key_feature_map, key)
     else:
-        name = getattr(module, "fastattn_feature_map", DEFAULT_MAP)
+        name = getattr(module, MARK, DEFAULT_MAP)
     value = value.to(query.dtype)
     if getattr(module, "is_causal", False):
-        return causal(module, query, key, value, mask, name)
+        return causal(layer, query, key, value, mask, name)
     return linear_attention(query, key, value, feature_map=name, key_mask=mask)
 
 
@@ -156,22 +193,23 @@ def local_softmax(
     The queries of a block of ``reach`` tokens see keys of their own block and its two neighbours.
     """
     batch, _, tokens, _ = query.shape
-    blocks = (tokens + reach - 1) // reach
-    after = blocks * reach - tokens
+    size = max(reach, 1)  # of a block
+    blocks = (tokens + size - 1) // size
+    after = blocks * size - tokens
     device = query.device
     if mask is None:
         mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
 
-    def windows(x: Tensor) -> Tensor:  # (B, H, tokens, D) to (B blocks, H, 3 reach, D)
-        padded = F.pad(x, (0, 0, reach, reach + after))
-        return padded.unfold(2, 3 * reach, reach).permute(0, 2, 1, 4, 3).flatten(0, 1)
+    def windows(x: Tensor) -> Tensor:  # (B, H, tokens, D) to (B blocks, H, 3 size, D)
+        padded = F.pad(x, (0, 0, size, size + after))
+        return padded.unfold(2, 3 * size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
-    seen = F.pad(mask, (reach, reach + after), value=False).unfold(1, 3 * reach, reach)
-    at = torch.arange(3 * reach, device=device) - reach
-    at = at - torch.arange(reach, device=device).unsqueeze(1)  # of the key, seen from the query
+    seen = F.pad(mask, (size, size + after), value=False).unfold(1, 3 * size, size)
+    at = torch.arange(3 * size, device=device) - size
+    at = at - torch.arange(size, device=device).unsqueeze(1)  # of the key, seen from the query
     # A token always sees itself: rows without any key would be NaN.
     allowed = ((at.abs() <= reach) & seen[:, :, None, :]) | (at == 0)
-    in_blocks = F.pad(query, (0, 0, 0, after)).unflatten(2, (blocks, reach))
+    in_blocks = F.pad(query, (0, 0, 0, after)).unflatten(2, (blocks, size))
     out: Tensor = F.scaled_dot_product_attention(
         in_blocks.transpose(1, 2).flatten(0, 1),
         windows(key),
@@ -194,22 +232,6 @@ def key_mask(attention_mask: Tensor | None) -> Tensor | None:
             f"{tuple(attention_mask.shape)}: which token sees which can't be chosen"
         )
     return attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
-
-
-def _check_module(module: nn.Module) -> None:
-    name = type(module).__name__
-    if "CrossAttention" in name:
-        raise NotImplementedError(f"cross-attention ({name}) has no linear attention")
-    if not is_supported(module):
-        raise NotImplementedError(
-            f"{name} has no linear attention; supported: {', '.join(ATTENTION_CLASSES.values())}"
-        )
-    if getattr(module, "is_causal", False) and not hasattr(module, HOOK):
-        raise NotImplementedError(
-            f"{name} is that of a decoder, whose cache needs fastattn.linearize(model)"
-        )
-    if getattr(module, "is_cross_attention", False):
-        raise NotImplementedError(f"cross-attention ({name}) has no linear attention")
 
 
 @functools.cache

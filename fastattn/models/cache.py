@@ -3,7 +3,8 @@
 ``model.generate`` makes a cache of keys and values, which grows. At a linear layer's first token
 its layer in that cache is exchanged for a ``StateLayer``, transformers' linear-attention cache
 layer with S and z as its two recurrent states. It hands on the keys and values it is given, those
-of new tokens alone, and the attention function finds it on the module.
+of new tokens alone. The attention function gets it as an argument, which transformers' modules hand
+through: nothing is kept on the module, which several threads may be running.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
@@ -19,10 +20,10 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from fastattn.models.marks import NAME
 from fastattn.ops import LinearAttentionState, linear_attention, linear_attention_step
 
-LAYER = "fastattn_state_layer"  # of an attention module, within one forward pass
-HOOK = "fastattn_state_hook"  # of an attention module that decodes; its handle
+LAYER = "fastattn_state_layer"  # the argument of the attention function
 
 
 class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, override, unused-ignore]
@@ -80,30 +81,21 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, o
                 self.recurrent_states[index] = change(value)
 
 
-def add_state(module: nn.Module) -> None:
-    """Let ``module``, the self-attention of a decoder, keep its state in the cache it is given."""
-    if not hasattr(module, HOOK):
-        setattr(module, HOOK, module.register_forward_pre_hook(_find_layer, with_kwargs=True))
-
-
-def remove_state(module: nn.Module) -> None:
-    if hasattr(module, HOOK):
-        getattr(module, HOOK).remove()
-        delattr(module, HOOK)
-
-
 def causal(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: str
+    layer: StateLayer | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    feature_map: str,
 ) -> Tensor:
-    """Causal linear attention of new tokens (B, H, N, D), after those in the module's state."""
-    layer: StateLayer | None = getattr(module, LAYER, None)
+    """Causal linear attention of new tokens (B, H, N, D), after those in the state of ``layer``."""
     new = query.shape[2]
-    mask = None if mask is None else mask[:, -new:]  # the mask is that of all tokens so far
+    mask = _mask_of_new(mask, new, new if layer is None else layer.get_seq_length())
     options: dict[str, Any] = {"feature_map": feature_map, "key_mask": mask}
     if layer is None:
         out: Tensor = linear_attention(query, key, value, is_causal=True, **options)
         return out
-    setattr(module, LAYER, None)
     state = layer.state
     needs_grad = torch.is_grad_enabled() and query.requires_grad
     if new == 1 and state is not None and not needs_grad:
@@ -115,21 +107,46 @@ def causal(
     return out
 
 
-def _find_layer(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _mask_of_new(mask: Tensor | None, new: int, total: int) -> Tensor | None:
+    """The part for the ``new`` last tokens of a mask that has all ``total`` so far.
+
+    Raises:
+        ValueError: it has another length.
+    """
+    if mask is None:
+        return None
+    if mask.shape[1] != total:
+        flat = " (GPT-2 flattens a mask of 3 dimensions)" if mask.shape[1] == new * total else ""
+        raise ValueError(
+            "attention_mask must have one column for each of the tokens so far, those in the cache "
+            f"included: shape (batch, {total}); got {tuple(mask.shape)}{flat}"
+        )
+    return mask[:, total - new :]
+
+
+def hand_layer(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The hook of a decoder's self-attention: its layer of the cache becomes an argument."""
+    if module.config._attn_implementation != NAME:
+        return args, kwargs  # set back to softmax by name, which needs its keys and values
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     if cache is None:
-        setattr(module, LAYER, None)
-        return
+        return args, kwargs
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    index = module.layer_idx
+    return args, {**kwargs, LAYER: _layer(cache, module.layer_idx)}
+
+
+def _layer(cache: Any, index: int) -> StateLayer:
+    """The layer of ``cache`` for the attention module ``index``, made at its first token."""
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
-    if not isinstance(cache.layers[index], StateLayer):
-        if cache.layers[index].get_seq_length():
-            raise ValueError(
-                "the cache holds keys and values of softmax attention: linear attention needs a "
-                "cache that it has filled itself"
-            )
-        cache.layers[index] = StateLayer()
-    setattr(module, LAYER, cache.layers[index])
+    layer = cache.layers[index]
+    if isinstance(layer, StateLayer):
+        return layer
+    if layer.get_seq_length():
+        raise ValueError(
+            "the cache holds keys and values of softmax attention: linear attention needs a "
+            "cache that it has filled itself"
+        )
+    cache.layers[index] = StateLayer()
+    return cache.layers[index]  # type: ignore[no-any-return]

@@ -18,9 +18,10 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fastattn.models.attention import HEAD, NAME
-from fastattn.models.conversion import FIELD, MARK, add_maps, check_settings, is_linear, record
-from fastattn.models.families import attention_modules
+from fastattn.models.attention import HEAD, SOFTMAX
+from fastattn.models.conversion import add_maps, check_settings, record
+from fastattn.models.families import ATTENTION_CLASSES, attention_modules
+from fastattn.models.marks import FIELD, MARK, NAME, is_linear
 
 
 def load(path: str | Path, **options: Any) -> Any:
@@ -87,7 +88,8 @@ def _complete_attention(model: PreTrainedModel, config: Any) -> None:
         raise ValueError(
             f"this checkpoint was linearised; it can't be loaded with attn_implementation="
             f"{config._attn_implementation!r}: leave that out, and for softmax attention call "
-            "fastattn.restore(model) afterwards"
+            "fastattn.restore(model) afterwards. A composite model must be told the attention of "
+            f"its linearised part: attn_implementation={{'encoder': {NAME!r}}}"
         )
     settings = getattr(config, FIELD)
     if not isinstance(settings, dict) or set(settings) != {"feature_map", "layers"}:
@@ -98,7 +100,8 @@ def _complete_attention(model: PreTrainedModel, config: Any) -> None:
 
 
 def install() -> None:
-    """Have ``complete`` run at the end of every transformers model's construction."""
+    """Have ``complete`` run at the end of every transformers model's construction, and
+    ``set_attn_implementation`` say where it has no effect."""
     post_init: Any = PreTrainedModel.post_init
     if hasattr(post_init, "__wrapped__"):
         return
@@ -108,7 +111,35 @@ def install() -> None:
         post_init(self)
         complete(self)
 
+    set_attention: Any = PreTrainedModel.set_attn_implementation
+
+    @functools.wraps(set_attention)
+    def set_and_check(self: Any, attn_implementation: Any, *args: Any, **rest: Any) -> Any:
+        parts = [part for part in self.modules() if isinstance(part, PreTrainedModel)]
+        before = [part.config._attn_implementation for part in parts]
+        result = set_attention(self, attn_implementation, *args, **rest)
+        if attn_implementation in (NAME, SOFTMAX):
+            _check_taken(parts, before, attn_implementation)
+        return result
+
     PreTrainedModel.post_init = post_init_and_complete  # type: ignore[method-assign]
+    PreTrainedModel.set_attn_implementation = set_and_check  # type: ignore[method-assign]
+
+
+def _check_taken(parts: list[Any], before: list[str], name: str) -> None:
+    """transformers only logs a line where a model doesn't call the attention interface.
+
+    Raises:
+        NotImplementedError: a part keeps another attention than ``name``; all are set back.
+    """
+    for part in parts:
+        if part.config._attn_implementation != name:
+            for one, previous in zip(parts, before, strict=True):
+                one.config._attn_implementation = previous
+            raise NotImplementedError(
+                f"{type(part).__name__} does not take attn_implementation={name!r}: it keeps its "
+                f"own attention; supported: {', '.join(ATTENTION_CLASSES)}"
+            )
 
 
 install()

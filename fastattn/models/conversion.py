@@ -7,20 +7,24 @@ asked for is kept in the configuration, see ``checkpoint``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastattn.models.attention import HEAD, NAME
-from fastattn.models.cache import add_state, remove_state
+from fastattn.models.attention import HEAD
+from fastattn.models.cache import hand_layer
+from fastattn.models.checks import refuse_weights
 from fastattn.models.families import attention_modules, is_decoder, is_local
+from fastattn.models.integers import integer
+from fastattn.models.marks import FIELD, MARK, NAME, add_hook, is_linear, remove_hook
 from fastattn.nn.feature_maps import LEARNED, make_pair
 from fastattn.ops import feature_maps
 
-FIELD = "fastattn"  # of the configuration: what linearize was asked for
 MAPS = ("query_feature_map", "key_feature_map")
-MARK = "fastattn_feature_map"  # of an attention module: its map's name; None: it keeps softmax
 UNUSABLE = ("identity", "features")  # not for projections, which can be negative
 
 
@@ -31,6 +35,8 @@ def linearize(
 
     A swap alone costs most of a model's accuracy: train it afterwards (``fastattn linearize``).
     Layers that attend within a window (ModernBERT's local ones) keep softmax, computed in blocks.
+    A model that has exactly this already keeps its maps, trained or not; ``restore`` it first for
+    new ones.
 
     Args:
         model: a transformers encoder of a family in ``families.ATTENTION_CLASSES``, or a decoder
@@ -40,14 +46,16 @@ def linearize(
             ALBERT, whose layers share weights, indices of its distinct layers. In decoders all.
 
     Raises:
-        TypeError, NotImplementedError: a model without linear attention.
+        TypeError, NotImplementedError: a model without linear attention, or an index that is no
+            integer.
         ValueError: an unknown feature map, or a layer that is not there or is local.
     """
     settings = check_settings(model, feature_map, layers)
     if not is_linear(model.config):
         model._fastattn_previous = model.config._attn_implementation
-    _remove_maps(model)
-    add_maps(model, **settings)
+    if not _has_maps(model, **settings):
+        _remove_maps(model)
+        add_maps(model, **settings)
     record(model.config, settings)
     model.set_attn_implementation(NAME)
     return model
@@ -67,24 +75,32 @@ def restore(model: PreTrainedModel) -> Any:
     return model
 
 
-def is_linear(config: Any) -> bool:
-    """Whether a model with this configuration was linearised."""
-    return getattr(config, FIELD, None) is not None
-
-
 def add_maps(model: PreTrainedModel, feature_map: str, layers: Sequence[int]) -> None:
     """Mark each attention module with its map; learned maps become its children."""
     config: Any = model.config
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if is_decoder(model):
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                add_hook(part, refuse_weights)
     for index, module in enumerate(attention_modules(model, decoders=True)):
         if is_decoder(model):
-            add_state(module)
+            add_hook(module, hand_layer)
         setattr(module, MARK, feature_map if index in layers else None)
         if index in layers and feature_map in LEARNED:
-            weight = next(module.parameters())
+            like = _weight_like(module, model)
             for name, phi in zip(MAPS, make_pair(feature_map, heads, heads, size)):
-                setattr(module, name, phi.to(weight.device, weight.dtype))
+                setattr(module, name, phi.to(like.device, like.dtype))
+
+
+def _weight_like(module: nn.Module, model: nn.Module) -> Tensor:
+    """A weight with the device and type of new maps: of the layer, or where that has none that is
+    a floating-point number (it is quantised) of the model."""
+    for weight in itertools.chain(module.parameters(), model.parameters()):
+        if weight.is_floating_point():
+            return weight
+    return torch.empty(0)
 
 
 def record(config: Any, settings: dict[str, Any] | None, field: str = FIELD) -> None:
@@ -116,7 +132,7 @@ def check_settings(
     able = [index for index, module in enumerate(modules) if not is_local(module)]
     if layers is None:
         return {"feature_map": feature_map, "layers": able}
-    chosen = sorted(set(layers))
+    chosen = sorted({integer("layers", index) for index in layers})
     if bad := [index for index in chosen if not 0 <= index < len(modules)]:
         shared = getattr(model.config, "num_hidden_layers", len(modules)) != len(modules)
         hint = " (its layers share their weights)" if shared else ""
@@ -131,9 +147,16 @@ def check_settings(
     return {"feature_map": feature_map, "layers": chosen}
 
 
+def _has_maps(model: PreTrainedModel, feature_map: str, layers: Sequence[int]) -> bool:
+    modules = attention_modules(model, decoders=True)
+    wanted = [feature_map if index in layers else None for index in range(len(modules))]
+    return [getattr(module, MARK, "none yet") for module in modules] == wanted
+
+
 def _remove_maps(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        remove_hook(module)
     for module in attention_modules(model, decoders=True):
-        remove_state(module)
         for name in (*MAPS, MARK):
             if hasattr(module, name):
                 delattr(module, name)

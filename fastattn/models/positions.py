@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from fastattn.models.integers import integer
+
 METHODS = ("hierarchical", "interpolate")
+TABLES = ("position_embeddings", "wpe")  # wpe: GPT-2's
 # RoBERTa and its kin number positions from padding_idx + 1: the rows before are no positions.
 OFFSET_FAMILIES = ("camembert", "data2vec-text", "roberta", "xlm-roberta")
 
@@ -40,6 +43,7 @@ def extend_positions(
         alpha: between 0 and 1 and not 0.5, which would make (i, j) and (j, i) one position.
 
     Raises:
+        TypeError: a length that is no integer.
         ValueError: an unknown method, or a length or alpha out of range.
         NotImplementedError: a model without learned absolute positions.
     """
@@ -47,8 +51,9 @@ def extend_positions(
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if not 0 < alpha < 1 or alpha == 0.5:
         raise ValueError(f"alpha must be between 0 and 1, and not 0.5; got {alpha}")
-    owner = _owner(model)
-    table: nn.Embedding = owner.position_embeddings
+    length = integer("length", length)
+    owner, name = _owner(model)
+    table: nn.Embedding = getattr(owner, name)
     offset = 0 if table.padding_idx is None else table.padding_idx + 1
     old = table.weight.detach()
     n = len(old) - offset
@@ -64,9 +69,10 @@ def extend_positions(
         extended = _hierarchical(positions, length, alpha)
         extended[:n] = positions  # equal up to rounding: make it exact
     new = torch.cat([old[:offset], extended.to(old.dtype)])
-    owner.position_embeddings = nn.Embedding.from_pretrained(
+    extended_table = nn.Embedding.from_pretrained(
         new, freeze=not table.weight.requires_grad, padding_idx=table.padding_idx
     )
+    setattr(owner, name, extended_table)
     buffers = {
         "position_ids": torch.arange(len(new), device=old.device).expand(1, -1),
         "token_type_ids": torch.zeros(1, len(new), dtype=torch.long, device=old.device),
@@ -78,12 +84,13 @@ def extend_positions(
     return model
 
 
-def _owner(model: nn.Module) -> Any:
-    """The module that holds the position embeddings."""
+def _owner(model: nn.Module) -> tuple[Any, str]:
+    """The module that holds the position embeddings, and their name in it."""
     found = [
-        module
+        (module, name)
         for module in model.modules()
-        if isinstance(getattr(module, "position_embeddings", None), nn.Embedding)
+        for name in TABLES
+        if isinstance(getattr(module, name, None), nn.Embedding)
     ]
     if len(found) == 1:
         return found[0]
@@ -91,7 +98,11 @@ def _owner(model: nn.Module) -> Any:
         raise NotImplementedError(
             f"{type(model).__name__} has rotary positions: it takes longer inputs as it is"
         )
-    raise NotImplementedError(f"{type(model).__name__} has no learned absolute positions")
+    names = " or ".join(TABLES)
+    raise NotImplementedError(
+        f"{type(model).__name__} has no learned absolute positions that are known: it must have "
+        f"one nn.Embedding named {names}; found {len(found)}"
+    )
 
 
 def _hierarchical(old: Tensor, length: int, alpha: float) -> Tensor:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from fastattn.models.attention import NAME, keep_2d_mask, key_mask, linear, softmax
-from fastattn.models.conversion import MAPS, MARK
+from fastattn.models.attention import keep_2d_mask, key_mask, linear, softmax_forward
+from fastattn.models.conversion import MAPS
 from fastattn.models.families import attention_modules
+from fastattn.models.marks import MARK, is_linear
 
 TRANSFER = "fastattn_transfer"
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 
 
 @contextmanager
@@ -24,7 +25,16 @@ def attention_transfer(
 ) -> Iterator[Callable[[nn.Module, dict[str, Tensor]], Tensor]]:
     """Within it, softmax attention flows through ``model`` and only the feature maps require
     gradients; yields the loss: the squared error of each layer's linear attention output relative
-    to the variance of the softmax output, summed over layers."""
+    to the variance of the softmax output, summed over layers. Local layers (ModernBERT's) keep
+    their window.
+
+    Raises:
+        ValueError: ``model`` is not linearised; of the loss: it has no linear layer.
+    """
+    modules = attention_modules(model)
+    if not is_linear(model.config):
+        raise ValueError("model must be linearised: call fastattn.linearize(model, ...) first")
+    previous = model.config._attn_implementation
     losses: list[Tensor] = []
 
     def forward(
@@ -34,24 +44,24 @@ def attention_transfer(
         value: Tensor,
         attention_mask: Tensor | None,
         scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        mask = key_mask(attention_mask)
-        target = softmax(query, key, value, mask, scaling)
+        out, _ = softmax_forward(
+            module, query, key, value, attention_mask, scaling, 0.0, sliding_window, **kwargs
+        )
         if getattr(module, MARK) is not None:
+            mask, target = key_mask(attention_mask), out.transpose(1, 2)
             with torch.enable_grad():
                 got = linear(module, query.detach(), key.detach(), value.detach(), mask)
                 losses.append(relative_error(got.float(), target.float(), mask))
-        return target.transpose(1, 2), None
+        return out, None
 
     AttentionInterface.register(TRANSFER, forward)
     AttentionMaskInterface.register(TRANSFER, keep_2d_mask)
     maps = {
-        id(p)
-        for m in attention_modules(model)
-        for n in MAPS
-        if hasattr(m, n)
-        for p in getattr(m, n).parameters()
+        id(p) for m in modules for n in MAPS if hasattr(m, n) for p in getattr(m, n).parameters()
     }
     required = {p: p.requires_grad for p in model.parameters()}
 
@@ -59,6 +69,8 @@ def attention_transfer(
         losses.clear()
         with torch.no_grad():
             model(**{name: batch[name] for name in INPUTS if name in batch})
+        if not losses:
+            raise ValueError("no layer of the model is linear: there is nothing to fit")
         return torch.stack(losses).sum()
 
     try:
@@ -67,7 +79,7 @@ def attention_transfer(
             parameter.requires_grad_(id(parameter) in maps)
         yield loss
     finally:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(previous)
         for parameter, was in required.items():
             parameter.requires_grad_(was)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from fastattn.models.conversion import is_linear
+from fastattn.models.marks import is_linear
 from fastattn.models.positions import position_limit
 from fastattn.recipes.errors import ModelError
 from fastattn.recipes.models import is_fine_tuned

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.models.conversion import is_linear
+from fastattn.models.marks import is_linear
 from fastattn.models.positions import position_limit
 from fastattn.recipes.data import load_task, tokenize
 from fastattn.recipes.errors import ModelError

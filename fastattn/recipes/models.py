@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastattn.models.attention import SOFTMAX
-from fastattn.models.conversion import is_linear
 from fastattn.models.families import attention_modules
+from fastattn.models.marks import is_linear
 from fastattn.recipes.errors import ModelError
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastattn.models.conversion import check_settings, is_linear, linearize
+from fastattn.models.conversion import check_settings, linearize
 from fastattn.models.families import attention_modules
+from fastattn.models.marks import is_linear
 from fastattn.theseus.gates import draw
 from fastattn.theseus.layers import forget_captures, keep_layers, layer_list, set_submodule
 from fastattn.theseus.replaceable import Replaceable

@@ -61,6 +61,24 @@ def test_softmax_for_training_is_the_model_s_own(family: str) -> None:
     torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)
 
 
+def test_softmax_for_training_gives_no_weights() -> None:
+    model = make("Bert")
+    model.set_attn_implementation(attention_module.SOFTMAX)
+    with pytest.raises(NotImplementedError, match='gives no weights: take "eager"'):
+        model(**inputs(), output_attentions=True)
+    with pytest.raises(NotImplementedError, match="is not causal, as BertSelfAttention must be"):
+        model(**inputs(), is_causal=True)
+
+
+def test_an_encoder_is_not_made_causal_in_silence() -> None:
+    model = patched("Bert")
+    with pytest.raises(NotImplementedError, match="is_causal=True: BertSelfAttention is not"):
+        model(**inputs(), is_causal=True)
+    model.config.is_causal = True
+    with pytest.raises(NotImplementedError, match="is_causal=True: BertSelfAttention"):
+        model(**inputs())
+
+
 @pytest.mark.parametrize("tokens", [1, 17, attention_module.SHORT, attention_module.SHORT + 1])
 def test_softmax_in_bfloat16_is_as_exact_as_that_of_torch(tokens: int) -> None:
     """Output and gradients, against float64: the plain products for short texts, too."""
@@ -191,6 +209,12 @@ def test_other_models_raise_and_are_never_left_with_softmax() -> None:
     llama = transformers.LlamaConfig(**sizes)
     with pytest.raises(NotImplementedError, match="not supported in LlamaModel"):
         transformers.AutoModel.from_config(llama, attn_implementation=NAME)
+    # The config keeps the name that was asked for above.
+    model = transformers.AutoModel.from_config(transformers.MPNetConfig(**sizes))
+    for name in (NAME, attention_module.SOFTMAX):
+        with pytest.raises(NotImplementedError, match=f"MPNetModel does not take.*{name}.*albert"):
+            model.set_attn_implementation(name)
+        assert model.config._attn_implementation != name
     model = transformers.AutoModel.from_config(llama, attn_implementation="sdpa")
     model.set_attn_implementation(NAME)
     with pytest.raises(NotImplementedError, match="LlamaAttention has no linear attention"):
@@ -218,6 +242,35 @@ def test_attention_dropout_is_said_once() -> None:
         attention_module._say_no_dropout.cache_clear()
         patched("Bert", attention_probs_dropout_prob=0.0).train()(**inputs())
         patched("Bert")(**inputs())  # evaluation drops nothing
+
+
+@pytest.mark.parametrize("reach", [0, 1, 2, 3])
+def test_the_narrowest_windows_are_those_of_transformers(reach: int) -> None:
+    """``local_attention`` 0 and 1 leave a token itself alone."""
+    batch = inputs()
+    real = batch["attention_mask"].bool()
+    model = make("ModernBert", local_attention=reach)
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state
+        got = fastattn.linearize(model, layers=[])(**batch).last_hidden_state
+    torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+def test_exports_with_any_length() -> None:
+    class Hidden(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = fastattn.linearize(make("Bert"), "hedgehog")
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    module, example = Hidden(), tuple(inputs().values())
+    free = {i: torch.export.Dim(name, min=2, max=60) for i, name in enumerate(("rows", "tokens"))}
+    exported = torch.export.export(module, example, dynamic_shapes=(free, free)).module()
+    for rows, tokens in ((2, 5), (5, 29), (3, 32)):
+        batch = tuple(inputs(rows, tokens).values())
+        torch.testing.assert_close(exported(*batch), module(*batch), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 9, 11, 30])

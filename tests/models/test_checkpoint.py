@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import fastattn
 from fastattn.models import NAME
-from fastattn.models.conversion import is_linear
+from fastattn.models.marks import is_linear
 from tests.models.encoders import FAMILIES, inputs, make
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +121,24 @@ def test_another_attention_is_refused(name: str, tmp_path: Path) -> None:
     fastattn.linearize(make("Bert", "ForSequenceClassification")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"linearised.*{name}.*fastattn.restore"):
         transformers.AutoModel.from_pretrained(tmp_path, attn_implementation=name)
+
+
+def test_linear_part_of_a_composite_model(tmp_path: Path) -> None:
+    encoder = transformers.BertConfig(**FAMILIES["Bert"])
+    decoder = transformers.BertConfig(**FAMILIES["Bert"], is_decoder=True, add_cross_attention=True)
+    build = transformers.EncoderDecoderConfig.from_encoder_decoder_configs
+    model = transformers.EncoderDecoderModel(build(encoder, decoder)).eval()
+    fastattn.linearize(model.encoder, "hedgehog")
+    save(model, tmp_path)
+    message = "composite model.*attn_implementation={'encoder': 'fastattn_linear'}"
+    with pytest.raises(ValueError, match=message):
+        transformers.EncoderDecoderModel.from_pretrained(tmp_path)
+    loaded = transformers.EncoderDecoderModel.from_pretrained(
+        tmp_path, attn_implementation={"encoder": NAME}
+    )
+    given = {**inputs(), "decoder_input_ids": inputs()["input_ids"]}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**given).logits, model(**given).logits)
 
 
 def test_softmax_checkpoints_are_untouched(tmp_path: Path) -> None:

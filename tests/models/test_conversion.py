@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 
+import numpy
 import pytest
 import torch
 
 import fastattn
 from fastattn.models import NAME
-from fastattn.models.conversion import MAPS, is_linear
+from fastattn.models.conversion import MAPS
 from fastattn.models.families import attention_modules
+from fastattn.models.marks import is_linear
 from tests.models.encoders import FAMILIES, inputs, make
 
 LEARNED = ("hedgehog", "t2r", "performer")
@@ -122,6 +124,15 @@ def test_a_copy_is_a_model_of_its_own() -> None:
         assert torch.equal(model(**inputs()).last_hidden_state, expected)
 
 
+def test_a_model_that_shares_its_config_is_not_made_linear_in_silence() -> None:
+    teacher = make("Bert")
+    student = type(teacher)(teacher.config)
+    fastattn.linearize(student, "hedgehog")
+    student(**inputs())
+    with pytest.raises(ValueError, match=r"shares its config.*copy.deepcopy\(config\)"):
+        teacher(**inputs())
+
+
 @pytest.mark.parametrize("feature_map", ["elu", "hedgehog"])
 @pytest.mark.parametrize("family", ["Bert", "ModernBert"])
 def test_compiles_whole(family: str, feature_map: str) -> None:
@@ -148,5 +159,38 @@ def test_bad_arguments() -> None:
         fastattn.linearize(make("Albert"), layers=[2])
     with pytest.raises(ValueError, match=r"layers \[1\] attend within a window.*linear: \[0\]"):
         fastattn.linearize(make("ModernBert"), layers=[0, 1])
+    for layers in ([True], [0.0], ["0"]):
+        with pytest.raises(TypeError, match=r"layers: only integers are allowed; got (T|0.0|'0')"):
+            fastattn.linearize(model, layers=layers)
     assert not is_linear(model.config)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_integers_of_numpy_become_plain_ones() -> None:
+    model = fastattn.linearize(make("Bert"), layers=numpy.array([2, 0]))
+    layers = model.config.fastattn["layers"]
+    assert layers == [0, 2] and {type(index) for index in layers} == {int}
+
+
+@pytest.mark.parametrize("family", ["Bert", "Albert"])
+def test_a_second_time_keeps_trained_maps(family: str) -> None:
+    model = fastattn.linearize(make(family), "hedgehog")
+    maps = {n: p for n, p in model.named_parameters() if "feature_map" in n}
+    with torch.no_grad():
+        for parameter in maps.values():
+            parameter.add_(1)
+    model.set_attn_implementation("sdpa")
+    layers = list(range(len(attention_modules(model))))
+    assert fastattn.linearize(model, "hedgehog", layers).config._attn_implementation == NAME
+    again = dict(model.named_parameters())
+    assert all(again[name] is parameter for name, parameter in maps.items())
+    fastattn.linearize(fastattn.restore(model), "hedgehog")
+    assert not any(torch.equal(model.get_parameter(name), maps[name]) for name in maps)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_quantised_model_gets_maps_of_the_other_weights_type() -> None:
+    model = torch.ao.quantization.quantize_dynamic(make("Bert"), {torch.nn.Linear})
+    fastattn.linearize(model, "hedgehog")
+    assert model.encoder.layer[0].attention.self.query_feature_map.weight.dtype == torch.float32
+    assert model(**inputs()).last_hidden_state.isfinite().all()

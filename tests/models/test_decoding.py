@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,51 @@ def test_beam_search_reorders_the_states() -> None:
     assert torch.equal(cached, model.generate(tokens(), use_cache=False, **options))
 
 
+def test_threads_that_share_a_model_do_not_share_its_states() -> None:
+    model = make("GPT2")
+    prompts = [tokens(rows=1, count=3 + i % 5) for i in range(16)]
+
+    def generate(ids: torch.Tensor) -> torch.Tensor:
+        return model.generate(ids, max_new_tokens=12, do_sample=False)
+
+    expected = [generate(ids) for ids in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        for got, wanted in zip(pool.map(generate, prompts), expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "hedgehog"])
+def test_copies_and_pickles_decode_and_are_models_of_their_own(feature_map: str) -> None:
+    model = make("GPT2", feature_map)
+    expected = model.generate(tokens(), max_new_tokens=8, do_sample=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.generate(tokens(), max_new_tokens=8, do_sample=False), expected)
+        fastattn.restore(other).generate(tokens(), max_new_tokens=8, do_sample=False)
+        assert torch.equal(model.generate(tokens(), max_new_tokens=8, do_sample=False), expected)
+
+
+def test_softmax_by_name_keeps_its_keys() -> None:
+    """Of a linearised decoder, as to compare the two."""
+    softmax = make("GPT2", None)
+    model = fastattn.linearize(copy.deepcopy(softmax))
+    model.set_attn_implementation("sdpa")
+    generated = model.generate(tokens(), max_new_tokens=8, do_sample=False)
+    assert torch.equal(generated, softmax.generate(tokens(), max_new_tokens=8, do_sample=False))
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Bert"])
+def test_decoder_compiles_whole(family: str) -> None:
+    model = make(family, "hedgehog")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for count in (7, 12):
+        expected = model(input_ids=tokens(count=count), use_cache=False).logits
+        mask = torch.ones_like(tokens(count=count))
+        got = compiled(input_ids=tokens(count=count), attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(got, expected)
+        got.sum().backward()
+    torch.compiler.reset()
+
+
 def test_saved_decoder_comes_back(tmp_path: Path) -> None:
     model = make("GPT2", "hedgehog")
     model.save_pretrained(tmp_path)
@@ -152,6 +199,72 @@ def test_decoder_trains() -> None:
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Bert"])
+def test_attention_weights_and_other_masks_raise(family: str) -> None:
+    model, ids = make(family), tokens(count=7)
+    with pytest.raises(NotImplementedError, match="never forms its weights"):
+        model(input_ids=ids, output_attentions=True)
+    for shape in ((2, 6), (2, 8), (2, 1)):
+        with pytest.raises(ValueError, match=rf"shape \(batch, 7\); got \(2, {shape[1]}\)"):
+            model(input_ids=ids, attention_mask=torch.ones(shape))
+    message = "GPT-2 flattens a mask of 3" if family == "GPT2" else r"got shape \(2, 7, 7\)"
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        model(input_ids=ids, attention_mask=torch.ones(2, 7, 7))
+    cache = transformers.DynamicCache(config=model.config)
+    model(input_ids=ids, use_cache=True, **{_cache_argument(model): cache})
+    with pytest.raises(ValueError, match=r"those in the cache included: shape \(batch, 8\)"):
+        model(
+            input_ids=tokens(count=1),
+            attention_mask=torch.ones(2, 1),
+            use_cache=True,
+            **{_cache_argument(model): cache},
+        )
+
+
+def test_packed_texts_raise_also_when_compiled() -> None:
+    """Softmax keeps them apart where position_ids start again."""
+    model, ids = make("GPT2"), tokens(count=13)
+    packed = torch.tensor([[*range(6), *range(7)]])
+    with pytest.raises(NotImplementedError, match="texts in one row apart; give each a row"):
+        model(input_ids=ids, position_ids=packed, use_cache=False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    plain = torch.arange(13)[None]
+    expected = logits_of(model, ids)
+    got = compiled(input_ids=ids, position_ids=plain, use_cache=False).logits
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(RuntimeError, match="texts in one row apart"):
+        compiled(input_ids=ids, position_ids=packed, use_cache=False)
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_decoder_is_traced_with_positions() -> None:
+    model, ids = make("GPT2").requires_grad_(False), tokens(count=13)
+
+    def run(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+    plain = torch.arange(13).expand(2, -1)
+    traced = torch.jit.trace(run, (ids, plain), check_trace=False)
+    torch.testing.assert_close(traced(ids, plain), run(ids, plain))
+
+
+def test_a_decoder_is_not_made_bidirectional_in_silence() -> None:
+    model = make("GPT2")
+    with pytest.raises(NotImplementedError, match="is_causal=False: GPT2Attention is causal"):
+        model(input_ids=tokens(), is_causal=False)
+    model.config.is_causal = False
+    with pytest.raises(NotImplementedError, match="is_causal=False: GPT2Attention"):
+        model(input_ids=tokens())
+
+
+def test_softmax_for_training_is_refused_in_decoders() -> None:
+    model = make("GPT2", None)
+    model.set_attn_implementation("fastattn_softmax")
+    with pytest.raises(NotImplementedError, match='"fastattn_softmax" is not causal'):
+        model(input_ids=tokens())
 
 
 def test_what_a_decoder_cannot_do_raises() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import fastattn
 from fastattn.models.positions import position_limit
@@ -68,6 +69,21 @@ def test_type_and_training_flag_are_kept() -> None:
     assert table(model).weight.dtype == torch.bfloat16 and not table(model).weight.requires_grad
 
 
+@pytest.mark.parametrize("method", ["hierarchical", "interpolate"])
+def test_gpt2_reads_longer_inputs_too(method: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    ids = torch.randint(50, (1, 16))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        fastattn.linearize(fastattn.extend_positions(model, 100, method))
+        assert model.generate(ids, max_new_tokens=84, do_sample=False).shape == (1, 100)
+        after = fastattn.restore(model)(input_ids=ids).logits
+    assert torch.equal(before, after) == (method == "hierarchical")
+    assert model.config.n_positions == position_limit(model.config) == 100
+
+
 def test_padding_row_of_roberta_stays() -> None:
     model = make("Roberta", pad_token_id=1)
     old = table(model).weight.detach().clone()
@@ -88,6 +104,9 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             fastattn.extend_positions(model, *arguments)
+    for length in (100.0, "100", True):
+        with pytest.raises(TypeError, match=f"length: only integers are allowed; got {length!r}"):
+            fastattn.extend_positions(model, length)
     with pytest.raises(NotImplementedError, match="rotary positions: it takes longer inputs"):
         fastattn.extend_positions(make("ModernBert"), 100)
     with pytest.raises(NotImplementedError, match="no learned absolute positions"):

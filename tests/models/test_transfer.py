@@ -37,6 +37,49 @@ def test_maps_alone_are_trained(family: str) -> None:
         assert not torch.equal(model(**inputs()).last_hidden_state, swapped)
 
 
+@pytest.mark.parametrize("family", ["Bert", "ModernBert"])
+def test_the_model_inside_is_the_softmax_one(family: str) -> None:
+    """Local layers too: 30 tokens, of which they see nine."""
+    model, batch = make(family), inputs(tokens=30)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state
+        with attention_transfer(fastattn.linearize(model, "hedgehog")):
+            got = model(**batch).last_hidden_state
+    torch.testing.assert_close(got[real], expected[real], atol=2e-5, rtol=1e-5)
+
+
+def test_position_ids_and_embeddings_are_handed_on() -> None:
+    model, batch = fastattn.linearize(make("Bert"), "hedgehog"), inputs()
+    flipped = torch.arange(11).flip(0)[None]
+    embedded = {
+        "inputs_embeds": model.get_input_embeddings()(batch["input_ids"]),
+        "attention_mask": batch["attention_mask"],
+    }
+    with attention_transfer(model) as loss:
+        plain = loss(model, batch)
+        assert abs(loss(model, {**batch, "position_ids": flipped}) - plain) > 1e-4
+        torch.testing.assert_close(loss(model, embedded), plain)
+
+
+def test_misuse_is_said_and_leaves_the_model_as_it_was() -> None:
+    model = make("Bert")
+    with pytest.raises(ValueError, match="call fastattn.linearize"), attention_transfer(model):
+        pass
+    assert model.config._attn_implementation == "sdpa"
+    fastattn.linearize(model, "hedgehog", layers=[])
+    with (
+        pytest.raises(ValueError, match="no layer of the model is linear"),
+        attention_transfer(model) as loss,
+    ):
+        loss(model, inputs())
+    model.set_attn_implementation("sdpa")
+    with attention_transfer(model):
+        pass
+    assert model.config._attn_implementation == "sdpa"
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_padding_does_not_count() -> None:
     target, got = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
     mask = torch.ones(2, 5, dtype=torch.bool)
