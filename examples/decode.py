@@ -73,7 +73,7 @@ def _bytes(layer: Any) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)
@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    if options.tokens <= WINDOW:
+        parser.error(f"--tokens must be more than {WINDOW}, whose median is shown")
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     softmax = decoder(options.tokens, options.layers, options.width, options.head_size)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+GREY, WIDE = ("1", "L"), ("I;16", "I;16B", "I;16L", "I", "F")  # Pillow's modes
 IDX_BYTES = 0x08  # the type code of unsigned bytes, and so of every MNIST-like set
 
 
@@ -126,12 +127,27 @@ def _read_idx(path: Path) -> Tensor:
             f"{path} says {count} images of {height} x {width}, which takes "
             f"{16 + count * height * width} bytes; it has {len(raw)}"
         )
+    if not count * height * width:
+        raise DataError(f"{path} has no pixels: {count} images of {height} x {width}")
     pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(count, 1, height, width)
     side = -(-max(height, width) // 8) * 8
     top, left = (side - height) // 2, (side - width) // 2
     padded = np.zeros((count, 1, side, side), np.uint8)
     padded[:, :, top : top + height, left : left + width] = pixels
     return torch.from_numpy(padded)
+
+
+def _mode(path: Path) -> str:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"can't read the image {path}: {error}") from error
+    if mode in WIDE:
+        raise DataError(f"{path} has more than 8 bits a pixel ({mode}): convert it to 8 bits")
+    return mode
 
 
 def _folder(folder: Path, size: int | None, seed: int) -> Images:
@@ -144,11 +160,10 @@ def _folder(folder: Path, size: int | None, seed: int) -> Images:
             "(*-images*-ubyte[.gz])"
         )
     images = []
-    mode = ""
+    mode = "L" if all(_mode(path) in GREY for path in files) else "RGB"
     for path in files:
         try:
             with Image.open(path) as image:
-                mode = mode or ("L" if image.mode in ("1", "L", "I;16") else "RGB")
                 size = size or max(8, min(image.size) // 8 * 8)
                 side = min(image.size)
                 left, top = (image.width - side) // 2, (image.height - side) // 2

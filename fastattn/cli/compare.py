@@ -34,11 +34,11 @@ def compare(
         Path | None, typer.Option("--plot", help="Also draw them into this PNG.")
     ] = None,
     bf16: options.Bf16 = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
     threads: options.Threads = None,
 ) -> None:
     """Show two models side by side: scores with intervals, agreement, size, time, memory."""
-    chosen_lengths = options.numbers(lengths, "--lengths")
+    chosen_lengths = options.lengths_of(lengths)
     with exit_codes():
         from fastattn.recipes.compare import compare as run
         from fastattn.recipes.comparison import plot_comparison, print_comparison
@@ -50,6 +50,10 @@ def compare(
         for file in (json_file, plot_file):
             if file is not None and not file.parent.is_dir():
                 raise OutputError(f"can't write {file}: there is no folder {file.parent}")
+            if file is not None and file.is_dir():
+                raise OutputError(f"can't write {file}: it is a folder")
+        if plot_file is not None and plot_file.suffix != ".png":
+            raise OutputError(f"--plot must end in .png; got {plot_file}")
         dev_file = find_dev_file(data, dev)
         report = run(
             a,

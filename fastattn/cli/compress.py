@@ -104,7 +104,7 @@ def compress(
     if metric_epochs is not None and metric is None:
         raise typer.BadParameter("there is no --metric to tune on", param_hint="--metric-epochs")
     chosen_layers = options.numbers(linear_layers, "--linear-layers")
-    chosen_lengths = options.numbers(lengths, "--lengths")
+    chosen_lengths = options.lengths_of(lengths)
     with exit_codes(resumes=True):
         from fastattn.recipes.compress import SEARCH_LOG, CompressArguments
         from fastattn.recipes.compress import compress as run

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from fastattn.cli.exits import exit_codes
-from fastattn.cli.options import numbers
+from fastattn.cli.options import lengths_of
 
 METRICS = ("dist", "cos", "prob", "none")
 BASELINES = ("pad", "mask", "zero")
@@ -43,7 +43,7 @@ def diagnose(
     lengths: Annotated[
         str, typer.Option(help="Input lengths to measure time and memory at; '' for none.")
     ] = "128,256,512,1024,2048",
-    seed: Annotated[int, typer.Option(help="Draws the texts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the texts.")] = 0,
 ) -> None:
     """Show on one page whether a linearised or compressed model still works like the original.
 
@@ -58,7 +58,7 @@ def diagnose(
             raise typer.BadParameter(
                 f"{given!r} is not one of {', '.join(allowed)}", param_hint=option
             )
-    chosen_lengths = numbers(lengths, "--lengths")
+    chosen_lengths = lengths_of(lengths)
     with exit_codes():
         import transformers
 

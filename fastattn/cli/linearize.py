@@ -73,7 +73,7 @@ def linearize(
             f"{feature_map!r} is not one of {', '.join(FEATURE_MAPS)}", param_hint="--feature-map"
         )
     chosen_layers = options.numbers(layers, "--layers")
-    chosen_lengths = options.numbers(lengths, "--lengths")
+    chosen_lengths = options.lengths_of(lengths)
     with exit_codes(resumes=True):
         from fastattn.recipes.arguments import Arguments
         from fastattn.recipes.data import find_files

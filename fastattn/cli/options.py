@@ -110,7 +110,7 @@ Bf16 = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
-Seed = Annotated[int, typer.Option(rich_help_panel=TRAINING)]
+Seed = Annotated[int, typer.Option(min=0, rich_help_panel=TRAINING)]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, help="Threads [default: torch's].", rich_help_panel=TRAINING),
@@ -131,8 +131,19 @@ def numbers(text: str | None, option: str) -> tuple[int, ...]:
             raise typer.BadParameter(
                 f"{text!r} is no list of numbers such as 0,2-4", param_hint=option
             )
-        found += range(int(first), int(last or first) + 1)
+        between = range(int(first), int(last or first) + 1)
+        if not between:
+            raise typer.BadParameter(f"{part!r} has its larger number first", param_hint=option)
+        found += between
     return tuple(sorted(set(found)))
+
+
+def lengths_of(text: str | None) -> tuple[int, ...]:
+    """The lengths that ``--lengths`` names."""
+    found = numbers(text, "--lengths")
+    if 0 in found:
+        raise typer.BadParameter("an input has at least 1 token; got 0", param_hint="--lengths")
+    return found
 
 
 def has_bf16() -> bool:

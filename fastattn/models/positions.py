@@ -18,9 +18,10 @@ OFFSET_FAMILIES = ("camembert", "data2vec-text", "roberta", "xlm-roberta")
 
 
 def position_limit(config: Any) -> int | None:
-    """How many tokens a model of this configuration has positions for; None if nothing says so."""
+    """How many tokens a model of this configuration has positions for; None if nothing says so, or
+    if they are rotary and any number will do."""
     rows = getattr(config, "max_position_embeddings", None)
-    if rows is None:
+    if rows is None or getattr(config, "rope_parameters", None):
         return None
     offset = (config.pad_token_id or 0) + 1 if config.model_type in OFFSET_FAMILIES else 0
     return int(rows) - offset

@@ -75,7 +75,7 @@ def compare(
             "layers": model.config.num_hidden_layers,
             "attention": "linear" if is_linear(model.config) else "softmax",
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "disk_bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+            "disk_bytes": sum(file.stat().st_size for file in _weight_files(path)),
             "max_length": length,
             **asdict(evaluate(logits[name], truth)),
         }
@@ -130,6 +130,10 @@ def _labels(path: Path) -> tuple[str, ...]:
     return output_labels(config)
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    return [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+
+
 def _tokens_read(path: Path, max_length: int | None) -> int:
     config = load_config(path)
     limit = position_limit(config)
@@ -139,7 +143,8 @@ def _tokens_read(path: Path, max_length: int | None) -> int:
                 f"max_length {max_length} is more than the {limit} positions of {path}"
             )
         return max_length
-    return (limit or 512) if is_linear(config) else min(512, limit or 512)
+    most = int(limit or getattr(config, "max_position_embeddings", None) or 512)
+    return most if is_linear(config) else min(512, most)
 
 
 def _shown(labels: tuple[str, ...]) -> str:

@@ -94,6 +94,11 @@ def load_task(train_file: Path, dev_file: Path, labels: tuple[str, ...] | None =
         with_pairs, without = (train_file, dev_file) if has_pairs else (dev_file, train_file)
         raise DataError(f"{with_pairs} has a column 'text_pair' and {without} has none")
 
+    if labels is not None and len(labels) < 2:
+        raise DataError(
+            f"the model has the single output {labels[0]!r}: it is no classifier, and a task needs "
+            "at least two classes"
+        )
     names = labels or _sorted_labels(set(train["label"]))
     if len(names) < 2:
         raise DataError(
@@ -205,11 +210,14 @@ def _parse(path: Path) -> Dataset:
                 dataset = Dataset.from_json(str(path), **options)
             else:
                 tabs = path.suffix == ".tsv"
+                sep = "\t" if tabs else ","
+                quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
                 dataset = Dataset.from_csv(
                     str(path),
-                    sep="\t" if tabs else ",",
-                    quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
-                    converters=dict.fromkeys(("text", "text_pair", "label"), str),
+                    sep=sep,
+                    quoting=quoting,
+                    # All columns: those that nobody asked for may hold anything.
+                    converters=dict.fromkeys(_header(path, sep, quoting), str),
                     keep_default_na=False,
                     index_col=False,  # else one field too many makes the first column vanish
                     encoding="utf-8-sig",
@@ -220,6 +228,11 @@ def _parse(path: Path) -> Dataset:
     except Exception as error:  # the parsers raise whatever they like
         raise DataError(f"can't read {path}: {_cause(error)}") from error
     return dataset
+
+
+def _header(path: Path, sep: str, quoting: int) -> list[str]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        return next(csv.reader(lines, delimiter=sep, quoting=quoting), [])  # type: ignore[arg-type]
 
 
 def _read(path: Path) -> Dataset:
@@ -258,7 +271,7 @@ def _cause(error: BaseException) -> str:
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
     def is_integer(label: str) -> bool:
-        return label.lstrip("-").isdecimal()
+        return label.removeprefix("-").removeprefix("+").isdecimal()
 
     key: Callable[[str], Any] = int if all(map(is_integer, labels)) else str
     return tuple(sorted(labels, key=key))

@@ -1,6 +1,6 @@
 """The result of a run for people and programs: tables, ``report.json`` and ``report.png``.
 
-A report is a plain dict (what ``report.json`` holds, see ``docs/linearize.md``); everything shown
+A report is a plain dict (what ``report.json`` holds); everything shown
 is computed from it, so a table can be printed again from the file alone.
 """
 

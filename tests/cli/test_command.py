@@ -156,6 +156,8 @@ def test_compress_towards_a_metric(classifier: Path, data: Path, tmp_path: Path)
         (("compress", "--attention", "sparse"), 2, "'linear'"),
         (("compare", "gone"), 4, "does not exist"),
         (("compare", "--json", "gone/x.json"), 5, "there is no folder gone"),
+        (("compare", "--plot", "."), 5, "it is a folder"),
+        (("compare", "--plot", "x.xyz"), 5, "--plot must end in .png"),
         (("compare", "--dev", "gone.tsv"), 3, "gone.tsv does not exist"),
     ],
 )
@@ -190,6 +192,11 @@ def test_errors_of_compress_and_compare(
         ({"--feature-map": "magic"}, 2, "hedgehog"),
         ({"--layers": "a-b"}, 2, "no list of numbers"),
         ({"--epochs": "-1"}, 2, "--epochs"),
+        ({"--lengths": "0,64"}, 2, "an input has at least 1 token"),
+        ({"--lengths": "5-3"}, 2, "'5-3' has its larger number first"),
+        ({"--seed": "-1"}, 2, "--seed"),
+        ({"--extend-to": "32"}, 4, "--extend-to must be at least 64"),
+        ({"--extend-to": "5000"}, 4, "at most 4096, the square of its positions; got 5000"),
     ],
 )
 def test_errors(
@@ -204,7 +211,8 @@ def test_errors(
     (tmp_path / "mpnet").mkdir()
     (tmp_path / "mpnet" / "config.json").write_text('{"model_type": "mpnet"}')
     options = {"--model": encoder, "--data": data, "--output": "out", **change}
-    result = run("linearize", *(part for option in options.items() for part in option), *FEW[2:])
+    few = () if "--lengths" in change else FEW[2:]
+    result = run("linearize", *(part for option in options.items() for part in option), *few)
     assert result.exit_code == code, result.output
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output

@@ -83,6 +83,13 @@ def test_image_folders(tmp_path: Path, mode: str, channels: int) -> None:
     assert load(tmp_path, size=8).train.shape[2:] == (8, 8)
 
 
+def test_colour_is_kept_where_only_some_images_have_it(tmp_path: Path) -> None:
+    image_folder(tmp_path, "L", count=3)
+    pixels = np.random.default_rng(0).integers(0, 256, (17, 20, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "z.png")
+    assert load(tmp_path).channels == 3
+
+
 def test_what_is_wrong_with_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere does not exist"):
         load(tmp_path / "nowhere")
@@ -105,6 +112,15 @@ def test_what_is_wrong_with_data(tmp_path: Path) -> None:
     (folder / "bad.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"can't read the image .*bad\.png"):
         load(folder)
+    wide = tmp_path / "wide"
+    image_folder(wide, "L")
+    Image.fromarray(np.full((17, 20), 60_000, np.uint16)).save(wide / "wide.png")
+    with pytest.raises(DataError, match=r"wide\.png has more than 8 bits a pixel \(I;16\)"):
+        load(wide)
+    none = tmp_path / "train-images-idx3-ubyte"
+    idx(none, count=0)
+    with pytest.raises(DataError, match="has no pixels: 0 images of 28 x 28"):
+        load(none)
     one = tmp_path / "one"
     image_folder(one, "L", count=1)
     with pytest.raises(DataError, match="one has 1 images; at least 2 are needed"):

@@ -93,6 +93,11 @@ def test_padding_row_of_roberta_stays() -> None:
         assert len(table(changed).weight) == changed.config.max_position_embeddings == 152
 
 
+def test_rotary_positions_have_no_limit() -> None:
+    assert position_limit(make("ModernBert").config) is None
+    assert position_limit(make("Bert").config) == 64
+
+
 def test_bad_arguments() -> None:
     model = make("Bert")
     for arguments, message in (

@@ -51,6 +51,25 @@ def test_jsonl_takes_string_and_integer_labels_and_other_columns(tmp_path: Path)
     assert task.id2label == {0: "9", 1: "10"}
 
 
+def test_other_columns_may_hold_anything(tmp_path: Path) -> None:
+    """A column whose kind changes beyond the rows that a parser looks at first."""
+    rows = "".join(f"text,{i if i < 11_000 else ''},{i % 2}\n" for i in range(11_001))
+    task = load(write(tmp_path, train_csv="text,year,label\n" + rows, dev_csv="text,label\na,0\n"))
+    assert len(task.train) == 11_001
+
+
+def test_labels_with_signs_are_numbers(tmp_path: Path) -> None:
+    signed = "text,label\na,+1\nb,-1\nc,--1\n"
+    assert load(write(tmp_path, train_csv=signed, dev_csv=signed)).labels == ("+1", "--1", "-1")
+    signed = signed.replace("c,--1\n", "")
+    assert load(write(tmp_path, train_csv=signed, dev_csv=signed)).labels == ("-1", "+1")
+
+
+def test_a_model_with_one_output_is_no_classifier(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the model has the single output 'LABEL_0'"):
+        load(write(tmp_path, train_tsv=TSV, dev_tsv=TSV), labels=("LABEL_0",))
+
+
 def test_pairs(tmp_path: Path) -> None:
     pairs = "text\ttext_pair\tlabel\na\tb\tyes\nc\td\tno\n"
     task = load(write(tmp_path, train_tsv=pairs, dev_tsv=pairs))
