@@ -59,7 +59,7 @@ def diagnose(
                 f"{given!r} is not one of {', '.join(allowed)}", param_hint=option
             )
     chosen_lengths = lengths_of(lengths)
-    with exit_codes():
+    with exit_codes(extras=("cli", "diagnose")):
         import transformers
 
         from fastattn.diagnose.page import render

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastattn.cli.app import app
+from fastattn.cli.exits import NEEDED
 from fastattn.cli.options import numbers
 
 ROOT = Path(__file__).parents[2]
@@ -217,6 +219,35 @@ def test_errors(
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [("linearize", "matplotlib", "cli"), ("compare", "datasets", "cli"),
+     ("diagnose", "captum", "diagnose")],
+)  # fmt: skip
+def test_a_missing_package_is_said_before_any_work(
+    classifier: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    command: str, module: str, extra: str,
+) -> None:  # fmt: skip
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *_: None if name == module else find(name)
+    )
+    models = ["--model", classifier] if command == "linearize" else [classifier, classifier]
+    source = data / "dev.jsonl" if command == "diagnose" else data
+    output = [] if command == "compare" else ["--output", tmp_path / "out"]
+    result = run(command, *models, "--data", source, *output)
+    assert result.exit_code == 1
+    assert f"needs {module}: pip install 'fastattn[{extra}]'" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_commands_need_is_in_their_extras() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    for extra, modules in NEEDED.items():
+        lines = [line for line in text.splitlines() if line.startswith((f"{extra} =", "models ="))]
+        assert all(any(f'"{module}>=' in line for line in lines) for module in modules)
 
 
 def test_help_names_the_exit_codes() -> None:
