@@ -69,7 +69,8 @@ def main() -> None:
     )
     say(
         f"fastattn linearize --model {encoder} --data {data} --output {output} "
-        f"--max-length {tokens} --fine-tune-epochs 2 --transfer-epochs 1 --distill-epochs 1"
+        f"--max-length {tokens} --fine-tune-epochs 2 --transfer-epochs 1 --distill-epochs 1\n"
+        "(here with twice the command's learning rate for the fine-tuning, which is short)"
     )
     report = linearize(arguments, output, options.restart)
     write_json(report, output / "report.json")
