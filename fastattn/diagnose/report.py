@@ -142,9 +142,12 @@ def _impact(
     inputs, special = encode(models["original"], tokenizer, text, max_length)
     ids = inputs["input_ids"][0]
     words = [[i] for i, is_special in enumerate(special) if not is_special]
+    options: dict[str, Any] = {
+        "metric": metric, "spans": words, "token_type_ids": inputs.get("token_type_ids"),
+    }  # fmt: skip
     try:
         found = {
-            name: impact_matrix(model, ids, tokenizer.mask_token_id, metric=metric, spans=words)
+            name: impact_matrix(model, ids, tokenizer.mask_token_id, **options)
             for name, model in models.items()
         }
     except ValueError as error:
