@@ -84,9 +84,9 @@ def compare(
 ) -> Comparison:
     """Attribute the same output of both models to the same tokens.
 
-    Of classifiers, the logit of the class that ``original`` predicts; of encoders without a head,
-    the cosine to ``original``'s own embedding of the text. The arguments and errors are those of
-    ``attribute``.
+    Of classifiers, the logit of the class that ``original`` predicts; of other encoders, whatever
+    their head, the cosine to ``original``'s own embedding of the text. The arguments and errors
+    are those of ``attribute``.
 
     Raises:
         ValueError: no texts, or models with outputs of different kinds.
@@ -100,6 +100,8 @@ def compare(
             f"{type(original).__name__} and {type(patched).__name__} can't be compared: one gives "
             "class logits and one does not"
         )
+    if not classify:
+        original, patched = (getattr(model, "base_model", model) for model in (original, patched))
     pairs = []
     for text in texts:
         wanted: dict[str, Any] = _target(original, tokenizer, text, max_length, classify)

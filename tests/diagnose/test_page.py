@@ -180,3 +180,28 @@ def test_pairs_keep_their_token_types(folders: tuple[Path, Path, Path], tmp_path
     torch.testing.assert_close(
         torch.tensor(entry["impact"]["original"]).double(), want, atol=1e-4, rtol=1e-4
     )
+
+
+def test_masked_language_models(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """They keep their head, which "prob" reads; attributions are those of their encoders."""
+    classifier, _, data = folders
+    config = transformers.AutoConfig.from_pretrained(classifier)
+    model = transformers.BertForMaskedLM(config)
+    for name in ("softmax", "linear"):
+        model = fastattn.linearize(model, "elu") if name == "linear" else model
+        model.save_pretrained(tmp_path / name)
+        transformers.AutoTokenizer.from_pretrained(classifier).save_pretrained(tmp_path / name)
+    result = run(tmp_path / "softmax", tmp_path / "linear", "--data", data, "--output", tmp_path,
+                 "--lengths", "", "--points", "2", "--metric", "prob")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "diagnose.json").read_text())
+    assert report["settings"]["objective"].startswith("cosine")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
+    entry = report["texts"][0]
+    ids = tokenizer(entry["text"], return_tensors="pt")["input_ids"]
+    words = [[i] for i, special in enumerate(entry["special"]) if not special]
+    want = impact_matrix(
+        fastattn.load(tmp_path / "linear"), ids, tokenizer.mask_token_id, metric="prob", spans=words
+    )
+    got = torch.tensor(entry["impact"]["patched"]).double()
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
