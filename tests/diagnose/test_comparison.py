@@ -64,6 +64,14 @@ def test_encoders_without_a_head(model_and_tokenizer: tuple[Any, Any]) -> None:
         compare(model, encoder, tokenizer, TEXTS)
 
 
+def test_labels_must_be_the_same(model_and_tokenizer: tuple[Any, Any]) -> None:
+    model, tokenizer = model_and_tokenizer
+    other = copy.deepcopy(model)
+    other.config.id2label = {0: "bad", 1: "good"}
+    with pytest.raises(ValueError, match="same order; got good, bad and bad, good"):
+        compare(model, other, tokenizer, TEXTS)
+
+
 def test_pairs_targets_and_lengths(model_and_tokenizer: tuple[Any, Any]) -> None:
     model, tokenizer = model_and_tokenizer
     first, _ = attribute(model, tokenizer, TEXTS, target=[0, 1], points=20)
