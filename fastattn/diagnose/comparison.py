@@ -84,12 +84,12 @@ def compare(
 ) -> Comparison:
     """Attribute the same output of both models to the same tokens.
 
-    Of classifiers, the logit of the class that ``original`` predicts; of encoders without a head,
-    the cosine to ``original``'s own embedding of the text. The arguments and errors are those of
-    ``attribute``.
+    Of classifiers, the logit of the class that ``original`` predicts; of other encoders, whatever
+    their head, the cosine to ``original``'s own embedding of the text. The arguments and errors
+    are those of ``attribute``.
 
     Raises:
-        ValueError: no texts, or models with outputs of different kinds.
+        ValueError: no texts, or models with outputs of different kinds or different labels.
     """
     if not texts:
         raise ValueError("texts is empty: there is nothing to compare")
@@ -100,6 +100,10 @@ def compare(
             f"{type(original).__name__} and {type(patched).__name__} can't be compared: one gives "
             "class logits and one does not"
         )
+    if classify:
+        _check_labels(original, patched)
+    else:
+        original, patched = (getattr(model, "base_model", model) for model in (original, patched))
     pairs = []
     for text in texts:
         wanted: dict[str, Any] = _target(original, tokenizer, text, max_length, classify)
@@ -114,6 +118,22 @@ def compare(
 
 def _classifies(model: nn.Module) -> bool:
     return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _check_labels(original: Any, patched: Any) -> None:
+    """One class must have one number in both, or different logits would be attributed."""
+    from fastattn.recipes.models import output_labels  # needs transformers, as its models do
+
+    labels, others = output_labels(original.config), output_labels(patched.config)
+    if labels != others:
+        raise ValueError(
+            f"original and patched must have the same labels in the same order; got "
+            f"{_shown(labels)} and {_shown(others)}"
+        )
+
+
+def _shown(labels: tuple[str, ...]) -> str:
+    return ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
 
 
 def _target(

@@ -28,6 +28,7 @@ def impact_matrix(
     input_ids: Tensor,
     mask_token_id: int,
     *,
+    token_type_ids: Tensor | None = None,
     metric: str = "dist",
     layer: int = -1,
     spans: Sequence[Sequence[int]] | None = None,
@@ -42,6 +43,8 @@ def impact_matrix(
         model: a transformers encoder; for "prob" one with a masked-language-model head.
         input_ids: (T,) or (1, T), one text without padding.
         mask_token_id: what a masked token becomes.
+        token_type_ids: as the tokenizer gives them for a pair, of the shape of ``input_ids``; None
+            leaves them to the model, which takes all as one text.
         metric: "prob": the drop of the log-probability of span i's own tokens; "dist": the
             Euclidean distance, "cos": one minus the cosine, of its mean vector.
         layer: which hidden state "dist" and "cos" look at: 0 is the embeddings, -1 the last layer.
@@ -51,7 +54,8 @@ def impact_matrix(
         tokens_per_batch: tokens in one forward pass.
 
     Raises:
-        ValueError: an unknown metric, a span that is empty or out of range, or more than one text.
+        ValueError: an unknown metric, a span that is empty or out of range, more than one text, or
+            token types of another shape.
 
     On float32 models entries that should be 0 are as large as rounding.
     """
@@ -60,6 +64,10 @@ def impact_matrix(
     ids = input_ids.reshape(-1) if input_ids.ndim < 2 or len(input_ids) == 1 else None
     if ids is None:
         raise ValueError(f"input_ids must be one text, (T,) or (1, T); got {list(input_ids.shape)}")
+    if token_type_ids is not None and token_type_ids.numel() != len(ids):
+        raise ValueError(
+            f"token_type_ids must be {len(ids)} like input_ids; got {list(token_type_ids.shape)}"
+        )
     units: list[Sequence[int]] = [[i] for i in range(len(ids))] if spans is None else list(spans)
     for number, unit in enumerate(units):
         if not unit or min(unit) < 0 or max(unit) >= len(ids):
@@ -67,10 +75,11 @@ def impact_matrix(
                 f"spans[{number}] must hold positions in 0..{len(ids) - 1}; got {unit}"
             )
     ids = ids.to(next(model.parameters()).device)
+    types = None if token_type_ids is None else token_type_ids.reshape(-1).to(ids)
     count = len(units)
     reach = count if band is None else band
     pairs = [(i, j) for i in range(count) for j in range(i, min(count, i + reach + 1))]
-    probe = _Probe(model, ids, units, metric, layer)
+    probe = _Probe(model, ids, types, units, metric, layer)
     rows_per_batch = max(1, tokens_per_batch // len(ids))
     seen: dict[tuple[int, int], Tensor] = {}  # (i, j): unit i's reading without i and j
     with evaluating(model), torch.no_grad():
@@ -93,9 +102,15 @@ class _Probe:
     readings are apart."""
 
     def __init__(
-        self, model: Any, ids: Tensor, units: list[Sequence[int]], metric: str, layer: int
+        self,
+        model: Any,
+        ids: Tensor,
+        types: Tensor | None,
+        units: list[Sequence[int]],
+        metric: str,
+        layer: int,
     ) -> None:
-        self.model, self.ids, self.units = model, ids, units
+        self.model, self.ids, self.types, self.units = model, ids, types, units
         self.metric, self.layer = metric, layer
 
     def read(self, masked: Tensor, pairs: list[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
@@ -114,6 +129,8 @@ class _Probe:
 
     def _run(self, masked: Tensor) -> Tensor:
         inputs = {"input_ids": masked, "attention_mask": torch.ones_like(masked)}
+        if self.types is not None:
+            inputs["token_type_ids"] = self.types.expand_as(masked)
         if self.metric != "prob":
             hidden: Tensor = self.model(**inputs, output_hidden_states=True).hidden_states[
                 self.layer

@@ -15,6 +15,7 @@ from fastattn.diagnose.attribution import Attribution
 from fastattn.diagnose.comparison import TOP, Pair, compare
 from fastattn.diagnose.impact import agreement, impact_matrix
 from fastattn.diagnose.texts import Text, encode
+from fastattn.models.marks import is_linear
 from fastattn.recipes.data import read_texts
 from fastattn.recipes.errors import ModelError
 from fastattn.recipes.measure import measure
@@ -94,8 +95,9 @@ def diagnose(
 
 
 def _load(folder: Path) -> PreTrainedModel:
-    """The classifier in ``folder``, or the encoder where there is no trained head."""
-    from transformers import AutoModel
+    """The classifier or masked language model in ``folder``, or the encoder where it has neither
+    head."""
+    from transformers import AutoModel, AutoModelForMaskedLM
 
     import fastattn
 
@@ -103,10 +105,11 @@ def _load(folder: Path) -> PreTrainedModel:
     if is_fine_tuned(config):
         model: PreTrainedModel = load_model(folder)
         return model.eval()  # type: ignore[no-any-return]
+    masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
+    softmax = AutoModelForMaskedLM if masked else AutoModel
     try:
-        linear = getattr(config, "fastattn", None) is not None
-        model = fastattn.load(folder) if linear else AutoModel.from_pretrained(folder)
-        return model.eval()  # type: ignore[no-any-return]
+        found: Any = fastattn.load(folder) if is_linear(config) else softmax.from_pretrained(folder)
+        return (found if masked else found.base_model).eval()  # type: ignore[no-any-return]
     except (ValueError, OSError) as error:
         raise ModelError(f"can't load the model in {folder}: {error}") from error
 
@@ -142,9 +145,12 @@ def _impact(
     inputs, special = encode(models["original"], tokenizer, text, max_length)
     ids = inputs["input_ids"][0]
     words = [[i] for i, is_special in enumerate(special) if not is_special]
+    options: dict[str, Any] = {
+        "metric": metric, "spans": words, "token_type_ids": inputs.get("token_type_ids"),
+    }  # fmt: skip
     try:
         found = {
-            name: impact_matrix(model, ids, tokenizer.mask_token_id, metric=metric, spans=words)
+            name: impact_matrix(model, ids, tokenizer.mask_token_id, **options)
             for name, model in models.items()
         }
     except ValueError as error:

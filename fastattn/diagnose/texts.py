@@ -19,7 +19,8 @@ def encode(
     """A text, or a pair, as model inputs (1, T), and which of its tokens are special.
 
     Raises:
-        ValueError: a text without tokens, or longer than ``max_length`` with nothing left of it.
+        ValueError: a text without tokens, or longer than ``max_length`` with nothing left of it, or
+            with more tokens than the model has positions for.
     """
     parts = (text,) if isinstance(text, str) else tuple(text)
     encoded = tokenizer(
@@ -32,6 +33,14 @@ def encode(
     special = encoded["special_tokens_mask"][0].bool().tolist()
     if all(special):
         raise ValueError(f"the text {text!r} has no tokens")
+    from fastattn.models.positions import position_limit  # needs transformers, as its models do
+
+    limit = position_limit(model.config) if hasattr(model, "config") else None
+    if limit is not None and len(special) > limit:
+        raise ValueError(
+            f"a text has {len(special)} tokens with max_length={max_length}, but "
+            f"{type(model).__name__} has {limit} positions: max_length must be at most {limit}"
+        )
     device = next(model.parameters()).device
     return {name: encoded[name].to(device) for name in INPUTS if name in encoded}, special
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -133,11 +134,6 @@ def _decode(head: SelfTerminatingHead, output: Any, given: dict[str, Any]) -> No
         if head.clock == "generated":
             started = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
             started[:, -1] = True  # the prompt's other positions predict the prompt
-        elif kept < tokens and head.kind == "nmst":
-            unseen = tokens - kept if started is None else started[:, : tokens - kept].sum(1)
-            one = torch.full_like(logits[:, 0, 0], 1, dtype=torch.float32)
-            carry = unseen * one * torch.log1p(torch.tensor(-head.epsilon)).to(one)
-            started = None if started is None else started[:, tokens - kept :]
     elif tokens > 1 and head.clock == "generated":
         raise ValueError(
             f"{tokens} tokens after the prompt in one call: with clock='generated' the prompt must "
@@ -148,7 +144,20 @@ def _decode(head: SelfTerminatingHead, output: Any, given: dict[str, Any]) -> No
         raise ValueError(f"kind='st' with clock='all' needs the logits of all {tokens} tokens")
     if carry is not None and len(carry) != len(logits):
         raise ValueError(f"the cache holds {len(carry)} sequences, but {len(logits)} are decoded")
+    if head.kind == "nmst" and head.clock == "all" and kept < tokens:
+        carry = _past_unseen(head, logits, carry, started, tokens - kept)
+        started = None if started is None else started[:, tokens - kept :]
     output.logits, cache.carry = head._apply(logits, carry, started)
+
+
+def _past_unseen(
+    head: SelfTerminatingHead, logits: Tensor, carry: Tensor | None, started: Tensor | None, n: int
+) -> Tensor:
+    """``carry`` after the first ``n`` tokens of a call, which the model gave no logits of: the
+    prompt's, or a piece's of it. "nmst" only counts them."""
+    per_token = torch.full_like(logits[:, 0, 0], math.log1p(-head.epsilon), dtype=torch.float32)
+    total = per_token * (n if started is None else started[:, :n].sum(1).to(per_token.device))
+    return total if carry is None else carry + total
 
 
 def _tokens(given: dict[str, Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import sys
 from pathlib import Path
@@ -64,6 +65,14 @@ def test_encoders_without_a_head(model_and_tokenizer: tuple[Any, Any]) -> None:
         compare(model, encoder, tokenizer, TEXTS)
 
 
+def test_labels_must_be_the_same(model_and_tokenizer: tuple[Any, Any]) -> None:
+    model, tokenizer = model_and_tokenizer
+    other = copy.deepcopy(model)
+    other.config.id2label = {0: "bad", 1: "good"}
+    with pytest.raises(ValueError, match="same order; got good, bad and bad, good"):
+        compare(model, other, tokenizer, TEXTS)
+
+
 def test_pairs_targets_and_lengths(model_and_tokenizer: tuple[Any, Any]) -> None:
     model, tokenizer = model_and_tokenizer
     first, _ = attribute(model, tokenizer, TEXTS, target=[0, 1], points=20)
@@ -78,6 +87,18 @@ def test_pairs_targets_and_lengths(model_and_tokenizer: tuple[Any, Any]) -> None
     assert len(short.tokens) == 5
     chunks = attribute(model, tokenizer, TEXTS[:1], target=0, points=20, tokens_per_chunk=1)
     torch.testing.assert_close(chunks[0].scores, first.scores, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("max_length", [None, 500])
+def test_more_tokens_than_positions(
+    model_and_tokenizer: tuple[Any, Any], max_length: int | None
+) -> None:
+    model, tokenizer = model_and_tokenizer
+    limit = model.config.max_position_embeddings
+    text = "the film " * limit
+    for call in (attribute, functools.partial(compare, model)):
+        with pytest.raises(ValueError, match=f"max_length must be at most {limit}"):
+            call(model, tokenizer, [text], max_length=max_length, points=2)
 
 
 def test_arguments(model_and_tokenizer: tuple[Any, Any]) -> None:

@@ -31,14 +31,16 @@ def masked_language_model(attention: str = "softmax attention", **sizes: float) 
     return model
 
 
-def naive(model: Any, ids: Tensor, metric: str, layer: int, spans: list[list[int]]) -> Tensor:
+def naive(
+    model: Any, ids: Tensor, metric: str, layer: int, spans: list[list[int]], **others: Tensor
+) -> Tensor:
     """As the definition says: one input at a time, T^2 of them."""
 
     def reading(masked: list[int], unit: list[int]) -> Tensor:
         changed = ids.clone()
         changed[masked] = MASK
         with torch.no_grad():
-            output = model(input_ids=changed[None], output_hidden_states=True)
+            output = model(input_ids=changed[None], output_hidden_states=True, **others)
         if metric == "prob":
             log_probs = output.logits[0].log_softmax(-1)
             return sum(log_probs[i, ids[i]] for i in unit)
@@ -70,6 +72,18 @@ def test_equals_the_double_loop(metric: str, attention: str, seed: int) -> None:
         want = naive(model, ids, metric, layer, spans)
         assert (got - want).norm() <= 1e-9 * want.norm()
         assert (want - want.T).norm() > 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("metric", ["prob", "dist"])
+def test_a_pair_keeps_its_token_types(metric: str, seed: int) -> None:
+    model, ids = masked_language_model().double(), torch.randint(2, 30, (9,))
+    types, spans = torch.tensor([[0] * 5 + [1] * 4]), [[i] for i in range(9)]
+    want = naive(model, ids, metric, -1, spans, token_type_ids=types)
+    for given in (types, types[0]):
+        got = impact_matrix(model, ids, MASK, metric=metric, token_type_ids=given)
+        assert (got - want).norm() <= 1e-9 * want.norm()
+    as_one_text = impact_matrix(model, ids, MASK, metric=metric)
+    assert (as_one_text - want).norm() > 1e-3 * want.norm()
 
 
 def test_band_computes_the_neighbours_alone(seed: int) -> None:
@@ -165,6 +179,10 @@ def test_agreement() -> None:
         (lambda m, ids: impact_matrix(m, ids, MASK, spans=[[0], []]), r"spans\[1\] must hold"),
         (lambda m, ids: impact_matrix(m, ids, MASK, spans=[[9]]), r"positions in 0..8; got \[9\]"),
         (lambda m, ids: impact_matrix(m, ids.repeat(2, 1), MASK), r"one text, .*got \[2, 9\]"),
+        (
+            lambda m, ids: impact_matrix(m, ids, MASK, token_type_ids=torch.zeros(8)),
+            r"token_type_ids must be 9 like input_ids; got \[8\]",
+        ),
         (lambda m, ids: impact_matrix(m.bert, ids, MASK, metric="prob"), "head; BertModel has"),
         (lambda m, ids: agreement(torch.ones(2, 2), torch.ones(3, 3)), "of one shape"),
         (

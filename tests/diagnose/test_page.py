@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from typer.testing import CliRunner
 
 import fastattn
 from fastattn.cli.app import app
+from fastattn.diagnose import impact_matrix
 from fastattn.diagnose.page import render, signed_color
 from tests.diagnose.browser import chromium, programs
 
@@ -157,3 +159,49 @@ def test_a_model_compared_with_itself(folders: tuple[Path, Path, Path], tmp_path
     summary = json.loads((tmp_path / "diagnose.json").read_text())["summary"]
     assert min(summary["spearman"], summary["impact_spearman"]) > 0.9  # rounding may swap two
     assert summary["output_difference"] < 1e-6
+
+
+def test_pairs_keep_their_token_types(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    original, _, _ = folders
+    (tmp_path / "pairs.tsv").write_text("text\ttext_pair\nthe film was great\ta dull plot\n")
+    result = run(original, original, "--data", tmp_path / "pairs.tsv", "--output", tmp_path,
+                 "--lengths", "", "--points", "2")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads((tmp_path / "diagnose.json").read_text())["texts"]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(original)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(original)
+    pair = tokenizer("the film was great", "a dull plot", return_tensors="pt")
+    assert pair["token_type_ids"].any()
+    words = [[i] for i in (1, 2, 3, 4, 6, 7, 8)]
+    want = impact_matrix(
+        model, pair["input_ids"], tokenizer.mask_token_id, spans=words,
+        token_type_ids=pair["token_type_ids"],
+    )  # fmt: skip
+    torch.testing.assert_close(
+        torch.tensor(entry["impact"]["original"]).double(), want, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_masked_language_models(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """They keep their head, which "prob" reads; attributions are those of their encoders."""
+    classifier, _, data = folders
+    config = transformers.AutoConfig.from_pretrained(classifier)
+    model = transformers.BertForMaskedLM(config)
+    for name in ("softmax", "linear"):
+        model = fastattn.linearize(model, "elu") if name == "linear" else model
+        model.save_pretrained(tmp_path / name)
+        transformers.AutoTokenizer.from_pretrained(classifier).save_pretrained(tmp_path / name)
+    result = run(tmp_path / "softmax", tmp_path / "linear", "--data", data, "--output", tmp_path,
+                 "--lengths", "", "--points", "2", "--metric", "prob")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "diagnose.json").read_text())
+    assert report["settings"]["objective"].startswith("cosine")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
+    entry = report["texts"][0]
+    ids = tokenizer(entry["text"], return_tensors="pt")["input_ids"]
+    words = [[i] for i, special in enumerate(entry["special"]) if not special]
+    want = impact_matrix(
+        fastattn.load(tmp_path / "linear"), ids, tokenizer.mask_token_id, metric="prob", spans=words
+    )
+    got = torch.tensor(entry["impact"]["patched"]).double()
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

@@ -177,6 +177,46 @@ def test_scoring_without_a_cache_is_parallel() -> None:
         torch.testing.assert_close(got, head.log_probs(plain(input_ids=ids).logits))
 
 
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("kind", ["nmst", "st"])
+def test_a_prompt_in_pieces_is_the_parallel_form(kind: str, padded: bool) -> None:
+    """With the clock "all": the tokens of each piece count, also where one logit of it is kept."""
+    model = SelfTerminatingHead(EOS, 0.05, kind, "all").attach(decoder())
+    given = prompts()
+    given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if not padded:
+        given = {"input_ids": given["input_ids"][1:]}
+    with torch.no_grad():
+        want = model(**given, use_cache=False).logits[:, -1]
+        for pieces in ([7], [4, 3], [2, 2, 2, 1]):
+            cache, end = None, 0
+            for piece in pieces:
+                start, end = end, end + piece
+                part = {name: value[:, start:end] for name, value in given.items()}
+                if padded:
+                    part["attention_mask"] = given["attention_mask"][:, :end]
+                output = model(**part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = output.past_key_values
+                assert output.logits.shape[1] == 1 or kind == "st"
+            torch.testing.assert_close(output.logits[:, -1], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nmst", "st"])
+def test_generate_in_pieces_and_in_a_continued_conversation(kind: str) -> None:
+    model = SelfTerminatingHead(EOS, 0.05, kind, "all").attach(decoder())
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    prompt = prompts()["input_ids"][1:]
+    want = model.generate(prompt, max_new_tokens=3, min_new_tokens=3, **options)
+    pieces = {"prefill_chunk_size": 4, "max_new_tokens": 3, "min_new_tokens": 3}
+    got = model.generate(prompt, **pieces, **options)
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=1e-5)
+    more = torch.cat([want.sequences, want.sequences.new_full((1, 3), 9)], 1)
+    fresh = model.generate(more, max_new_tokens=1, **options).logits
+    again = {"past_key_values": want.past_key_values, "max_new_tokens": 1}
+    continued = model.generate(more, **again, **options)
+    torch.testing.assert_close(continued.logits, fresh, atol=1e-5, rtol=1e-5)
+
+
 def test_detach_and_configuration(tmp_path: Path) -> None:
     plain = decoder()
     model = SelfTerminatingHead(EOS, 0.02).attach(copy.deepcopy(plain))
