@@ -117,30 +117,44 @@ def load_task(train_file: Path, dev_file: Path, labels: tuple[str, ...] | None =
 
 
 def read_texts(path: Path) -> list[str | tuple[str, str]]:
-    """The texts, or pairs of texts, of one file: labels are not needed. Empty texts are left out.
+    """The texts, or pairs of texts, of one file: labels are not needed. Blank ones are left out.
 
     Raises:
-        DataError: no such file, another format, no column 'text', or no text in it.
+        DataError: no such file, another format or encoding, no column 'text', a cell that is no
+            string, half a pair, or no text in it.
     """
     if not path.is_file():
         raise DataError(f"file {path} does not exist")
     if path.suffix not in (*SUFFIXES, ".txt"):
         raise DataError(f"{path} must end in one of {', '.join((*SUFFIXES, '.txt'))}")
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        texts: list[Any] = [line.strip() for line in lines]
+        try:
+            texts: list[Any] = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"can't read {path}: it is not UTF-8 ({error.reason})") from error
     else:
         dataset = _parse(path)
         if "text" not in dataset.column_names:
             there = ", ".join(map(repr, dataset.column_names)) or "nothing"
             raise DataError(f"{path} has no column 'text'; its columns are {there}")
-        texts = dataset["text"][:]
-        if "text_pair" in dataset.column_names:
-            texts = list(zip(texts, dataset["text_pair"][:], strict=True))
-    found = [text for text in texts if text and all(text)]
+        columns = [name for name in ("text", "text_pair") if name in dataset.column_names]
+        texts = list(zip(*(_texts_of(path, dataset, name) for name in columns), strict=True))
+        for row, cells in enumerate(texts, start=1):
+            if any(cell.strip() for cell in cells) and not all(cell.strip() for cell in cells):
+                raise DataError(f"{path}: row {row} has half a pair: {cells!r}")
+        texts = [cells if len(columns) == 2 else cells[0] for cells in texts]
+    found = [text for text in texts if "".join(text).strip()]
     if not found:
         raise DataError(f"{path} has no texts")
     return found
+
+
+def _texts_of(path: Path, dataset: Dataset, column: str) -> list[str]:
+    cells: list[str] = ["" if cell is None else cell for cell in dataset[column][:]]
+    for row, cell in enumerate(cells, start=1):
+        if type(cell) is not str:
+            raise DataError(f"{path}: row {row} has the {column} {cell!r}; it must be a string")
+    return cells
 
 
 def limit_train(task: Task, rows: int | None, seed: int) -> Task:

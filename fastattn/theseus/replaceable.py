@@ -53,6 +53,8 @@ class Replaceable(nn.Module):
             return old
         return _blend(old, self.successor(hidden_states, *args, **kwargs), self.share)
 
+    # As ``forward``, which only sees to itself: called from there it would be compiled on its own.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, unused-ignore]
     def _match(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.share < 1.0):
             old = self._predecessor(hidden_states, *args, **kwargs)

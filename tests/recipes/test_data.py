@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("datasets")
 
-from fastattn.recipes.data import find_files, limit_train, load_task, tokenize
+from fastattn.recipes.data import find_files, limit_train, load_task, read_texts, tokenize
 from fastattn.recipes.errors import DataError
 
 TSV = "text\tlabel\nfine\t1\npoor\t0\n"
@@ -68,6 +68,24 @@ def test_labels_with_signs_are_numbers(tmp_path: Path) -> None:
 def test_a_model_with_one_output_is_no_classifier(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the model has the single output 'LABEL_0'"):
         load(write(tmp_path, train_tsv=TSV, dev_tsv=TSV), labels=("LABEL_0",))
+
+
+def test_texts_without_labels(tmp_path: Path) -> None:
+    lines, rows = tmp_path / "a.txt", tmp_path / "a.tsv"
+    lines.write_bytes("\ufefffine\n\n  \npoor\n".encode())
+    assert read_texts(lines) == ["fine", "poor"]
+    rows.write_text("text\ttext_pair\na\tb\n\t\nc\td\n")
+    assert read_texts(rows) == [("a", "b"), ("c", "d")]
+    rows.write_text("text\ttext_pair\na\tb\nc\t \n")
+    with pytest.raises(DataError, match="row 2 has half a pair"):
+        read_texts(rows)
+    numbers = tmp_path / "a.jsonl"
+    numbers.write_text('{"text": 12}\n')
+    with pytest.raises(DataError, match="row 1 has the text 12; it must be a string"):
+        read_texts(numbers)
+    lines.write_bytes("f\xfcr\n".encode("latin-1"))
+    with pytest.raises(DataError, match="it is not UTF-8"):
+        read_texts(lines)
 
 
 def test_pairs(tmp_path: Path) -> None:

@@ -89,3 +89,12 @@ def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
     assert theseus.steps == 0
     model = theseus.export()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_matching_in_a_compiled_model() -> None:
+    theseus = make_theseus(match=1.0).train()
+    rows = {"input_ids": torch.randint(5, 50, (4, 9)), "labels": torch.tensor([0, 1, 0, 1])}
+    plain = theseus(**rows).loss
+    theseus.forwards = 0  # the same gates
+    compiled = torch.compile(theseus, backend="eager")(**rows).loss
+    torch.testing.assert_close(compiled, plain)
