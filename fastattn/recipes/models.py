@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from fastattn.recipes.data import Task
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+
 
 def load_config(path: Path) -> PretrainedConfig:
     """The configuration in ``path``.
@@ -42,6 +44,17 @@ def load_config(path: Path) -> PretrainedConfig:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in ``path``.
+
+    Raises:
+        ModelError: none is there (transformers would make up one of five words), or none that can
+            be read.
+    """
+    if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
+        raise ModelError(
+            f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): save the tokenizer "
+            "into the folder, too"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, local_files_only=True
