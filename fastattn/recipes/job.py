@@ -64,7 +64,8 @@ def prepare(
     if check_task is not None:
         check_task(arguments, task)
     tokenizer = load_tokenizer(arguments.model)
-    run = Run(output, fingerprint(arguments), restart)
+    inputs = {name: getattr(arguments, name) for name in ("model", "train", "dev")}
+    run = Run(output, fingerprint(arguments), restart, inputs)
     return run, job(arguments, task, tokenizer, output, fine_tune)
 
 

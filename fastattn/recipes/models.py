@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastattn.models.attention import SOFTMAX
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from fastattn.recipes.data import Task
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+UNREADABLE = (ValueError, OSError, RuntimeError, SafetensorError)  # weights that are damaged
 
 
 def load_config(path: Path) -> PretrainedConfig:
@@ -42,6 +46,17 @@ def load_config(path: Path) -> PretrainedConfig:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in ``path``.
+
+    Raises:
+        ModelError: none is there (transformers would make up one of five words), or none that can
+            be read.
+    """
+    if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
+        raise ModelError(
+            f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): save the tokenizer "
+            "into the folder, too"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, local_files_only=True
@@ -62,16 +77,38 @@ def load_model(path: Path, train: bool = False) -> PreTrainedModel:
 
     config = load_config(path)
     model: PreTrainedModel
+    unread: set[str] = set()  # fastattn.load checks this itself
     try:
         if is_linear(config):
             model = fastattn.load(path)
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                path, local_files_only=True, attn_implementation=SOFTMAX if train else None
-            )
-        return model
-    except (ValueError, OSError) as error:
+            model, unread = _read(path, attn_implementation=SOFTMAX if train else None)
+    except UNREADABLE as error:
         raise ModelError(f"can't load the model in {path}: {error}") from error
+    _check_read(path, unread)
+    return model
+
+
+def _read(path: Path, **options: Any) -> tuple[PreTrainedModel, set[str]]:
+    """The classifier in ``path``, and which of its weights the files there don't have, or have in
+    another size: transformers draws these at random."""
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        path,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report
+        **options,
+    )
+    return model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+
+
+def _check_read(path: Path, unread: set[str]) -> None:
+    if unread:
+        shown = ", ".join(sorted(unread)[:5]) + (", ..." if len(unread) > 5 else "")
+        raise ModelError(
+            f"the weights in {path} don't fit its config.json: {len(unread)} are missing or of "
+            f"another size ({shown})"
+        )
 
 
 def check_supported(
@@ -107,21 +144,34 @@ def output_labels(config: Any) -> tuple[str, ...]:
 
 
 def new_classifier(path: Path, task: Task) -> PreTrainedModel:
-    """The encoder in ``path``, to be trained, with a new head for the labels of ``task``."""
+    """The encoder in ``path``, to be trained, with a new head for the labels of ``task``.
+
+    Raises:
+        ModelError: the weights can't be read, or are not all there.
+    """
     try:
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        model, unread = _read(
             path,
-            local_files_only=True,
             num_labels=len(task.labels),
             id2label=task.id2label,
             label2id={name: i for i, name in task.id2label.items()},
-            ignore_mismatched_sizes=True,  # another task's head has other sizes
             attn_implementation=SOFTMAX,
             **no_attention_dropout(load_config(path)),
         )
-        return model
-    except (ValueError, OSError) as error:
+    except UNREADABLE as error:
         raise ModelError(f"can't load the model in {path}: {error}") from error
+    _check_read(path, unread - _new_weights(model, unread))
+    return model
+
+
+def _new_weights(model: PreTrainedModel, unread: set[str]) -> set[str]:
+    """Weights that an encoder need not bring: the head's, and a pooler's if it has none at all (it
+    was trained as a masked language model)."""
+    encoder = f"{model.base_model_prefix}."
+    names = set(model.state_dict())
+    pooler = {name for name in names if name.startswith(f"{encoder}pooler.")}
+    head = {name for name in names if not name.startswith(encoder)}
+    return head | pooler if pooler <= unread else head
 
 
 def no_attention_dropout(config: PretrainedConfig) -> dict[str, float]:

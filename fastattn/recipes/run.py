@@ -29,18 +29,27 @@ class Run:
     Args:
         arguments: everything that the results depend on, as JSON values.
         restart: forget the stages of an earlier run in ``output`` instead of going on with them.
+        inputs: what the stages read, by the name of its argument; a restart must not delete it.
 
     Raises:
-        OutputError: the folder can't be written to, holds files that no run of ours made, or
-            holds a run with other arguments.
+        OutputError: the folder can't be written to, holds files that no run of ours made,
+            holds a run with other arguments, or is to be restarted and holds its own inputs.
     """
 
-    def __init__(self, output: Path, arguments: dict[str, Any], restart: bool = False) -> None:
+    def __init__(
+        self,
+        output: Path,
+        arguments: dict[str, Any],
+        restart: bool = False,
+        inputs: dict[str, Path] | None = None,
+    ) -> None:
         self.output = output
         self.folder = output / FOLDER
         self._file = self.folder / FILE
         # What JSON makes of them: a tuple, say, comes back as a list.
         arguments = json.loads(json.dumps(arguments))
+        if restart:
+            _check_outside(output, inputs or {})
         try:
             earlier = self._open(restart)
             if earlier is None:
@@ -102,6 +111,15 @@ class Run:
         partial = self._file.with_suffix(".partial")
         partial.write_text(json.dumps(self._record, indent=2) + "\n")
         os.replace(partial, self._file)
+
+
+def _check_outside(output: Path, inputs: dict[str, Path]) -> None:
+    for name, path in inputs.items():
+        if path.resolve().is_relative_to(output.resolve()):
+            raise OutputError(
+                f"--restart would delete {name} {path}, which lies in --output {output}: "
+                f"give another --output, or copy {name} elsewhere first"
+            )
 
 
 def _check_same(output: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:

@@ -175,6 +175,13 @@ def test_refused_before_any_training(
     assert not out.exists()
 
 
+def test_restart_with_its_own_teacher_is_refused(arguments: Arguments, finished: Path) -> None:
+    given = replace(arguments, model=finished / "run" / "softmax")
+    with pytest.raises(OutputError, match="--restart would delete model"):
+        linearize(given, finished, restart=True)
+    assert load_model(finished / "run" / "softmax")
+
+
 def test_unsupported_model(arguments: Arguments, tmp_path: Path) -> None:
     BertConfig(is_decoder=True).save_pretrained(tmp_path / "decoder")
     (tmp_path / "mpnet").mkdir()

@@ -51,6 +51,19 @@ def test_other_arguments_need_restart(tmp_path: Path) -> None:
     assert Run(tmp_path, other).done == {}
 
 
+def test_restart_does_not_delete_what_it_is_given(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    Run(out, ARGUMENTS).stage("softmax", lambda _: {})
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    for model in (out / "run" / "softmax", out, link / "run" / "softmax"):
+        with pytest.raises(OutputError, match="--restart would delete model .*another --output"):
+            Run(out, ARGUMENTS, restart=True, inputs={"model": model})
+    assert (out / "run" / "softmax").is_dir()
+    assert list(Run(out, ARGUMENTS, inputs={"model": out}).done) == ["softmax"]
+    Run(out, ARGUMENTS, restart=True, inputs={"model": tmp_path / "outside"})
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for restart in (False, True):
