@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from fastattn.models.marks import is_linear
 from fastattn.models.positions import position_limit
 from fastattn.recipes.errors import ModelError
-from fastattn.recipes.models import is_fine_tuned
+from fastattn.recipes.models import is_fine_tuned, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -112,7 +112,17 @@ def fingerprint(arguments: Arguments) -> dict[str, Any]:
             ("config.json sha256", arguments.model / "config.json"),
         )
     }
-    return {**as_json(arguments), **digests}
+    return {**as_json(arguments), **digests, "weights sha256": weights_digest(arguments.model)}
+
+
+def weights_digest(folder: Path) -> str:
+    """Of all files of weights in a model's folder: changed weights are another model."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def as_json(arguments: Arguments) -> dict[str, Any]:

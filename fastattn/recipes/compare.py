@@ -26,6 +26,7 @@ from fastattn.recipes.models import (
     load_model,
     load_tokenizer,
     output_labels,
+    weight_files,
 )
 from fastattn.recipes.report import machine
 
@@ -75,7 +76,7 @@ def compare(
             "layers": model.config.num_hidden_layers,
             "attention": "linear" if is_linear(model.config) else "softmax",
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "disk_bytes": sum(file.stat().st_size for file in _weight_files(path)),
+            "disk_bytes": sum(file.stat().st_size for file in weight_files(path)),
             "max_length": length,
             **asdict(evaluate(logits[name], truth)),
         }
@@ -128,10 +129,6 @@ def _labels(path: Path) -> tuple[str, ...]:
     if not is_fine_tuned(config):
         raise ModelError(f"{path} has no trained classification head, so it can't be compared")
     return output_labels(config)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
 
 
 def _tokens_read(path: Path, max_length: int | None) -> int:

@@ -24,8 +24,9 @@ from transformers import AutoModelForSequenceClassification
 
 from fastattn.recipes.arguments import Arguments
 from fastattn.recipes.errors import ModelError
-from fastattn.recipes.job import CHECKPOINTS, Job, freeze_embeddings, prepare
+from fastattn.recipes.job import Job, freeze_embeddings, prepare
 from fastattn.recipes.models import load_config, load_model
+from fastattn.recipes.run import CHECKPOINTS
 from fastattn.recipes.training import fit, without_dropout
 from fastattn.recipes.tune import LoggedSearch, check_metric, metric_batches, metric_of_batch
 from fastattn.theseus import Theseus

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
-import shutil
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,13 +18,19 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fastattn.models.positions import position_limit
-from fastattn.recipes.arguments import ArgumentsT, as_json, fingerprint, settle
+from fastattn.recipes.arguments import (
+    ArgumentsT,
+    as_json,
+    fingerprint,
+    settle,
+    weights_digest,
+)
 from fastattn.recipes.augment import ChangingCollator, nearest_tokens
 from fastattn.recipes.data import Task, limit_train, load_task, tokenize
 from fastattn.recipes.evaluate import evaluate, predict
 from fastattn.recipes.losses import distillation_loss, imitation_loss, task_loss
 from fastattn.recipes.models import load_model, load_tokenizer, new_classifier, output_labels
-from fastattn.recipes.run import Results, Run
+from fastattn.recipes.run import CHECKPOINTS, Results, Run
 from fastattn.recipes.training import Loss, Settings, fit, without_dropout
 from fastattn.theseus import Theseus, TheseusCallback
 from fastattn.theseus.schedules import make_schedule
@@ -32,7 +39,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-CHECKPOINTS = "checkpoints"
 TOKENS_PER_STEP = 4096
 ENOUGH_STEPS = 600  # of each of the stages, unless that takes more than MAX_EPOCHS
 MAX_EPOCHS = 10.0
@@ -345,7 +351,8 @@ class Job(Generic[ArgumentsT]):
         for other runs that are given the model of this one."""
         args = self.arguments
         rows = self.task.train.to_dict()
-        key = hashlib.sha256(json.dumps([rows, args.max_length, args.bf16]).encode())
+        weights = weights_digest(self.stage_folder("softmax"))
+        key = hashlib.sha256(json.dumps([rows, args.max_length, args.bf16, weights]).encode())
         name = f"teacher_logits_{key.hexdigest()[:16]}.safetensors"
         for folder in (self.stage_folder("softmax"), args.model):
             if (folder / name).is_file() and not (folder is args.model and self.fine_tune):
@@ -354,14 +361,19 @@ class Job(Generic[ArgumentsT]):
         train = self.tokens("train", args.max_length)
         text = "Asking the teacher"
         logits = predict(teacher, train, self.tokenizer, bf16=args.bf16, description=text)
-        save_file({"logits": logits}, self.stage_folder("softmax") / name)
+        partial = self.stage_folder("softmax") / f"{name}.partial"
+        save_file({"logits": logits}, partial)
+        os.replace(partial, partial.with_suffix(""))
         return logits
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
-        """The model with its tokenizer; the checkpoints it was trained from are not needed now."""
+        """The model with its tokenizer, which lets through as many tokens as the model reads."""
         model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        tokenizer = copy.deepcopy(self.tokenizer)
+        extend_to, limit = self.arguments.extend_to, position_limit(model.config)
+        if extend_to is not None and (limit is None or limit >= extend_to):
+            tokenizer.model_max_length = extend_to
+        tokenizer.save_pretrained(folder)
 
 
 def extend(model: PreTrainedModel, length: int) -> PreTrainedModel:

@@ -45,6 +45,11 @@ def load_config(path: Path) -> PretrainedConfig:
         raise ModelError(f"can't read {path}/config.json: {error}") from error
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights, in alphabetical order."""
+    return sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved in ``path``.
 

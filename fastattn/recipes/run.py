@@ -20,6 +20,7 @@ from fastattn.recipes.errors import OutputError
 
 FOLDER = "run"
 FILE = "run.json"
+CHECKPOINTS = "checkpoints"  # of a stage: what it goes on from until it is done
 Results = dict[str, Any]
 
 
@@ -81,6 +82,8 @@ class Run:
                 results["seconds"] = time.monotonic() - start
                 self._record["stages"][name] = results
                 self._write()
+                # Only now: until then an interrupted stage goes on from them.
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             except OSError as error:
                 raise OutputError(f"can't write to {folder}: {error.strerror or error}") from error
         return dict(self._record["stages"][name])
@@ -115,7 +118,8 @@ class Run:
 
 def _check_outside(output: Path, inputs: dict[str, Path]) -> None:
     for name, path in inputs.items():
-        if path.resolve().is_relative_to(output.resolve()):
+        lost = output / FOLDER if name != "model" else output  # the result replaces the model
+        if path.resolve().is_relative_to(lost.resolve()):
             raise OutputError(
                 f"--restart would delete {name} {path}, which lies in --output {output}: "
                 f"give another --output, or copy {name} elsewhere first"

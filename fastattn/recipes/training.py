@@ -9,6 +9,7 @@ in one line.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from fastattn.recipes.progress import Advance, progress
 
@@ -146,7 +146,7 @@ def fit(
     Returns:
         The mean loss over the last tenth of the steps.
     """
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = _last_checkpoint(folder)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
@@ -237,3 +237,15 @@ class _ShowProgress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         count, self.step = state.global_step - self.step, state.global_step
         self.advance(count, self.note())
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in ``folder``. What was cut off while it was written is deleted: the
+    Trainer writes its state last, and would take it for the newest."""
+    complete: dict[int, Path] = {}
+    for path in folder.glob("checkpoint-*"):
+        if (path / "trainer_state.json").is_file():
+            complete[int(path.name.removeprefix("checkpoint-"))] = path
+        else:
+            shutil.rmtree(path)
+    return str(complete[max(complete)]) if complete else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 import fastattn
 from fastattn.recipes import job as recipe
@@ -137,6 +137,7 @@ def test_linear_model_reads_more_than_the_softmax_model_can(
     assert report["models"]["softmax"]["max_length"] == 32
     assert report["models"]["linear"]["max_length"] == 96
     model = fastattn.load(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 96
     ids = torch.randint(5, 20, (1, 96))
     assert model(input_ids=ids).logits.isfinite().all()
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+from fastattn.recipes.arguments import weights_digest
 from fastattn.recipes.errors import OutputError
-from fastattn.recipes.run import Run
+from fastattn.recipes.run import CHECKPOINTS, Run
 
 ARGUMENTS = {"model": "m", "lengths": (1, 2)}
 
@@ -39,6 +41,37 @@ def test_an_interrupted_stage_finds_its_folder_again(tmp_path: Path) -> None:
     assert run.done == {}
     results = run.stage("one", lambda folder: {"half": (folder / "half").read_text()})
     assert results["half"] == "done" and results["seconds"] >= 0
+
+
+def test_checkpoints_stay_until_the_stage_is_marked_as_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(folder: Path) -> dict[str, object]:
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
+        return {}
+
+    run, kept = Run(tmp_path, ARGUMENTS), tmp_path / "run" / "one" / CHECKPOINTS
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", raise_no_space)
+        with pytest.raises(OutputError, match="No space left"):
+            run.stage("one", compute)
+    assert kept.is_dir()
+    Run(tmp_path, ARGUMENTS).stage("one", compute)
+    assert not kept.exists()
+
+
+def raise_no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_changed_weights_are_another_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    (tmp_path / "teacher_logits_0.safetensors").write_bytes(b"no weights")
+    before = weights_digest(tmp_path)
+    (tmp_path / "teacher_logits_0.safetensors").unlink()
+    assert weights_digest(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert weights_digest(tmp_path) != before
 
 
 def test_other_arguments_need_restart(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,9 @@ def test_a_killed_fit_goes_on_from_its_last_epoch(
     with pytest.raises(Killed):
         train(tmp_path / "killed", kill_at=15)
     (tmp_path / "killed" / "killed").touch()
+    cut_off = tmp_path / "killed" / "checkpoint-18"  # by a kill while it was written
+    shutil.copytree(tmp_path / "killed" / "checkpoint-12", cut_off)
+    (cut_off / "trainer_state.json").unlink()
     resumed = train(tmp_path / "killed")
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
