@@ -22,4 +22,12 @@ class TheseusCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None:
-            logs["replacing"] = self.theseus.share
+            add_to_logs(logs, state, {"replacing": self.theseus.share})
+
+
+def add_to_logs(logs: dict[str, Any], state: Any, values: dict[str, float]) -> None:
+    """Into what later callbacks show, and into the history (``trainer_state.json``), which has a
+    copy of the logs already."""
+    logs.update(values)
+    if state.log_history:
+        state.log_history[-1].update(values)

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from fastattn.theseus.callback import add_to_logs
+
 Batch = Any  # whatever the loss and the metric understand
 Loss = Callable[[nn.Module, Batch], Tensor]
 Metric = Callable[[nn.Module, Batch], float]
@@ -191,8 +193,9 @@ class MGSCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if not self.steps or logs is None:
             return
         count = len(self.steps)
-        logs["mgs_metric"] = sum(step.metric for step in self.steps) / count
-        logs["mgs_effective_samples"] = sum(s.effective_samples for s in self.steps) / count
+        metric = sum(step.metric for step in self.steps) / count
+        samples = sum(step.effective_samples for step in self.steps) / count
+        add_to_logs(logs, state, {"mgs_metric": metric, "mgs_effective_samples": samples})
         self.steps.clear()
 
 

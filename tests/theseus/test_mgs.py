@@ -392,7 +392,9 @@ def test_the_callback_replaces_the_trainers_gradient(tmp_path: Path) -> None:
     callback.on_pre_optimizer_step(args, type("State", (), {"global_step": 0}), None, model=model)
     assert not torch.equal(model.layers[0].weight.grad, plain)
     logs: dict[str, float] = {}
-    callback.on_log(args, None, None, logs=logs)
+    state = type("State", (), {"log_history": [{"loss": 1.0}]})
+    callback.on_log(args, state, None, logs=logs)
+    assert state.log_history == [{"loss": 1.0, **logs}]
     assert 1 <= logs["mgs_effective_samples"] <= 4 and 0 <= logs["mgs_metric"] <= 1
 
 

@@ -74,10 +74,12 @@ def test_two_ranks_draw_the_same_gates_and_train_as_one(tmp_path: Path) -> None:
 def test_share_is_logged_to_whatever_logs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(make_theseus(), tmp_path, 32, logging_steps=1, logging_strategy="steps")
+    trainer = train(make_theseus(), tmp_path, 32, logging_steps=1, logging_strategy="steps")
     lines = [line for line in capsys.readouterr().out.splitlines() if "'loss'" in line]
     shares = [float(ast.literal_eval(line)["replacing"]) for line in lines]
     assert shares == [pytest.approx(0.3 + 0.7 / 12 * step, rel=1e-3) for step in range(4)]
+    history = [entry["replacing"] for entry in trainer.state.log_history if "loss" in entry]
+    assert history == pytest.approx(shares, rel=1e-3)
 
 
 def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
@@ -92,9 +94,13 @@ def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
 
 
 def test_matching_in_a_compiled_model() -> None:
+    """Also where the share of the successors has changed since the first call."""
     theseus = make_theseus(match=1.0).train()
     rows = {"input_ids": torch.randint(5, 50, (4, 9)), "labels": torch.tensor([0, 1, 0, 1])}
-    plain = theseus(**rows).loss
-    theseus.forwards = 0  # the same gates
-    compiled = torch.compile(theseus, backend="eager")(**rows).loss
-    torch.testing.assert_close(compiled, plain)
+    compiled = torch.compile(theseus, backend="eager")
+    for _ in range(3):
+        forwards = theseus.forwards
+        plain = theseus(**rows).loss
+        theseus.forwards = forwards  # the same gates
+        torch.testing.assert_close(compiled(**rows).loss, plain)
+        theseus.step()
