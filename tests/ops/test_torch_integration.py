@@ -65,8 +65,9 @@ def test_opcheck_backward_of_a_transposed_state(backend: str) -> None:
     call = draw(Case(2, 2, 9, 4, is_causal=True, initial_state=True))
     S, z = call.state
     call.state = LinearAttentionState(S.mT.contiguous().mT, z)
-    tensors = (call.query, call.key, call.value)
+    tensors = (call.query.requires_grad_(), call.key, call.value)
     args = op_arguments(*tensors, **arguments(call), initial_state=call.state, backend=backend)
+    args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
     out, _, _, saved = forward_op(*args)
     torch.library.opcheck(backward_op, (saved, torch.randn_like(out), None, None, *args))
 
