@@ -156,3 +156,11 @@ def test_unnormalised_state_can_be_negative(backend: str) -> None:
         torch.randn(call.case.state_shape), torch.randn(call.case.state_shape[:-1])
     )
     assert_accurate(run(call, backend), truth(call))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_lone_key_of_efficient_has_no_gradient(backend: str, dtype: torch.dtype) -> None:
+    """Its softmax over tokens is 1: two terms cancel, if both are rounded alike."""
+    call = draw(Case(1, 1, 15, 2, M=1, feature_map="efficient", normalize=False)).to(dtype)
+    gradient = run(call, backend)["d key"]
+    assert gradient.abs().max() <= 1e-5

@@ -301,13 +301,15 @@ def backward_queries(
 
 @triton.jit
 def softmax_over_tokens(
-    S, dS, z, MAP: tl.constexpr, BLOCK_F: tl.constexpr
+    S, dS, z, MAP: tl.constexpr, BLOCK_F: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the keys of `efficient` share: 1 / z, and sum_j phi(k_j) dphi(k_j) = rows of dS . S / z
-    for S kept as sums of exp; zeros for other maps."""
+    for S kept as sums of exp; zeros for other maps. It cancels with dphi where a key stands alone,
+    so dS is rounded as in that product."""
     if MAP == "efficient":
         inverse_sum = inverse_or_zero(z)
-        column_sum = tl.sum(dS * S, 1) * inverse_sum
+        column_sum = tl.sum(operand(dS, OPERAND, PRECISION).to(tl.float32) * S, 1) * inverse_sum
     else:
         inverse_sum = tl.zeros((BLOCK_F,), tl.float32)
         column_sum = inverse_sum
@@ -348,7 +350,9 @@ def backward_keys(
         dz_tile *= 0.0
     else:
         S_tile, z_tile, maximum = dS_tile, dz_tile, dz_tile
-    inverse_sum, column_sum = softmax_over_tokens(S_tile, dS_tile, z_tile, MAP, BLOCK_F)
+    inverse_sum, column_sum = softmax_over_tokens(
+        S_tile, dS_tile, z_tile, MAP, BLOCK_F, OPERAND, PRECISION
+    )
     backward_of_keys(
         key, value, mask, grad_key, grad_value, sums, dS_tile, dz_tile, maximum, inverse_sum,
         column_sum, batch, head, num_kv_heads, key_length, first,
@@ -405,7 +409,9 @@ def backward_of_head(
     if MAP == "efficient":
         address = saved_maximum + tl.cast(state, tl.int64) * D + features
         maximum = tl.load(address, mask=features < D, other=0.0)
-    inverse_sum, column_sum = softmax_over_tokens(S_tile, dS_tile, z_tile, MAP, BLOCK_F)
+    inverse_sum, column_sum = softmax_over_tokens(
+        S_tile, dS_tile, z_tile, MAP, BLOCK_F, OPERAND, PRECISION
+    )
     batch, first, tokens = tokens_of(sequence, cu_k, key_length, PACKED)
     backward_of_keys(
         key, value, mask, grad_key, grad_value, grad_key, dS_tile, dz_tile, maximum, inverse_sum,
