@@ -122,18 +122,17 @@ def _classifies(model: nn.Module) -> bool:
 
 def _check_labels(original: Any, patched: Any) -> None:
     """One class must have one number in both, or different logits would be attributed."""
-    from fastattn.recipes.models import output_labels  # needs transformers, as its models do
+    from fastattn.recipes.models import (  # needs transformers, as its models do
+        output_labels,
+        show_labels,
+    )
 
     labels, others = output_labels(original.config), output_labels(patched.config)
     if labels != others:
         raise ValueError(
             f"original and patched must have the same labels in the same order; got "
-            f"{_shown(labels)} and {_shown(others)}"
+            f"{show_labels(labels)} and {show_labels(others)}"
         )
-
-
-def _shown(labels: tuple[str, ...]) -> str:
-    return ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
 
 
 def _target(

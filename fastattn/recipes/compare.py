@@ -26,6 +26,7 @@ from fastattn.recipes.models import (
     load_model,
     load_tokenizer,
     output_labels,
+    show_labels,
     weight_files,
 )
 from fastattn.recipes.report import machine
@@ -59,8 +60,8 @@ def compare(
     labels = {name: _labels(path) for name, path in (("A", a), ("B", b))}
     if labels["A"] != labels["B"]:
         raise ModelError(
-            f"the models have different labels: {a} {_shown(labels['A'])}; "
-            f"{b} {_shown(labels['B'])}"
+            f"the models have different labels: {a} {show_labels(labels['A'])}; "
+            f"{b} {show_labels(labels['B'])}"
         )
     task = load_task(dev_file, dev_file, labels["A"])
     truth = torch.tensor(task.dev["label"][:])
@@ -142,7 +143,3 @@ def _tokens_read(path: Path, max_length: int | None) -> int:
         return max_length
     most = int(limit or getattr(config, "max_position_embeddings", None) or 512)
     return most if is_linear(config) else min(512, most)
-
-
-def _shown(labels: tuple[str, ...]) -> str:
-    return ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")

@@ -148,6 +148,11 @@ def output_labels(config: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def show_labels(labels: tuple[str, ...]) -> str:
+    """The first of them, for a message."""
+    return ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+
+
 def new_classifier(path: Path, task: Task) -> PreTrainedModel:
     """The encoder in ``path``, to be trained, with a new head for the labels of ``task``.
 

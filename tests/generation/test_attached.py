@@ -300,5 +300,7 @@ def test_what_is_refused() -> None:
     one = {name: value[1:] for name, value in prompts().items()}
     with pytest.raises(ValueError, match="generated one by one"):
         model.generate(**one, prefill_chunk_size=3, do_sample=False, max_new_tokens=3)
+    with pytest.raises(NotImplementedError, match="needs return_dict=True"):
+        model(**one, return_dict=False)
     with pytest.raises((ValueError, NotImplementedError), match="one by one|take tokens back"):
         model.generate(**one, prompt_lookup_num_tokens=3, max_new_tokens=20, do_sample=False)

@@ -27,6 +27,7 @@ from fastattn.backends.triton.states import (
     dz_of_earlier_value_tiles,
     load_state,
     maximum_of_segment,
+    softmax_over_tokens,
     store_state,
     sum_segment,
 )
@@ -297,23 +298,6 @@ def backward_queries(
             OPERAND, PRECISION,
         )  # fmt: skip
     store_state(dS, dz, dS_tile, dz_tile, own, features, values, True, D, DV, MAP)
-
-
-@triton.jit
-def softmax_over_tokens(
-    S, dS, z, MAP: tl.constexpr, BLOCK_F: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the keys of `efficient` share: 1 / z, and sum_j phi(k_j) dphi(k_j) = rows of dS . S / z
-    for S kept as sums of exp; zeros for other maps. It cancels with dphi where a key stands alone,
-    so dS is rounded as in that product."""
-    if MAP == "efficient":
-        inverse_sum = inverse_or_zero(z)
-        column_sum = tl.sum(operand(dS, OPERAND, PRECISION).to(tl.float32) * S, 1) * inverse_sum
-    else:
-        inverse_sum = tl.zeros((BLOCK_F,), tl.float32)
-        column_sum = inverse_sum
-    return inverse_sum, column_sum
 
 
 @kernel

@@ -25,6 +25,7 @@ from fastattn.backends.triton.tiles import (
     LOWEST,
     all_of,
     at,
+    inverse_or_zero,
     keys_kept,
     load_tile,
     matmul_add,
@@ -104,6 +105,23 @@ def dz_of_earlier_value_tiles(
     row = tl.cast(head, tl.int64) * F + state_row(features, D, MAP)
     real = all_of(features < F, value_tile > 0)
     return tl.where(value_tile > 0, tl.load(dz + row, mask=real, other=0.0), dz_tile)
+
+
+@triton.jit
+def softmax_over_tokens(
+    S, dS, z, MAP: tl.constexpr, BLOCK_F: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the keys of `efficient` share: 1 / z, and sum_j phi(k_j) dphi(k_j) = rows of dS . S / z
+    for S kept as sums of exp; zeros for other maps. It cancels with dphi where a key stands alone,
+    so dS is rounded as in that product."""
+    if MAP == "efficient":
+        inverse_sum = inverse_or_zero(z)
+        column_sum = tl.sum(operand(dS, OPERAND, PRECISION).to(tl.float32) * S, 1) * inverse_sum
+    else:
+        inverse_sum = tl.zeros((BLOCK_F,), tl.float32)
+        column_sum = inverse_sum
+    return inverse_sum, column_sum
 
 
 # --- sums over keys ---------------------------------------------------------------------------
