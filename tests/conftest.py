@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # helpers import as tests.<folder>.<module>
 
 from fastattn import backends
-from tests.interpreter import cut_to_tf32, replace_once
+from tests import interpreter
 
 # Which backends the tests of the ops run on. Triton's kernels run through its interpreter, which
 # has to be on before triton is imported, so they take a process of their own (see Makefile):
@@ -38,8 +38,10 @@ TOO_LARGE = (
 
 
 if INTERPRETED:
-    replace_once()
-    cut_to_tf32()
+    interpreter.replace_once()
+    interpreter.check_overflow_at_once()
+    interpreter.remember_types()
+    interpreter.cut_to_tf32()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -40,6 +40,9 @@ REGISTERS = {
     "key_gradient_kernel": 168,
 }
 ARCHITECTURES = ("80", "90")
+# bfloat16 for both; the others, which only convert otherwise, for one each.
+# FASTATTN_TEST_KERNELS=1 compiles all for both.
+OF_TYPE = {"float": "80", "__half": "90"} if "FASTATTN_TEST_KERNELS" not in os.environ else {}
 # Each width is compiled for some dtype; FASTATTN_CUDA=1 compiles all for all.
 WIDTHS = {"16": "64", "32": "128"}
 FUNCTION = re.compile(
@@ -62,7 +65,7 @@ def find_tool(name: str) -> str:
 
 def build(nvcc: str) -> Path:
     """Folder with the module and the compiler's log, built if the sources have changed."""
-    digest = hashlib.sha256(f"{nvcc} {sys.version}".encode())
+    digest = hashlib.sha256(f"{nvcc} {sys.version} {OF_TYPE}".encode())
     for path in (ROOT / "CMakeLists.txt", Path(__file__), *sorted((ROOT / "csrc").rglob("*.*"))):
         digest.update(f"{path.name}\0{path.read_text()}\0".encode())
     folder = ROOT / "build" / "nvcc" / digest.hexdigest()[:16]
@@ -78,6 +81,7 @@ def build(nvcc: str) -> Path:
                 *("-DFASTATTN_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"),
                 "-DCMAKE_CUDA_FLAGS=-Xptxas -v",
                 f"-DFASTATTN_CUDA_ARCHITECTURES={';'.join(f'{x}-real' for x in ARCHITECTURES)}",
+                *(f"-DFASTATTN_CUDA_ARCHITECTURES_{x}={a}-real" for x, a in OF_TYPE.items()),
                 *(f"-DFASTATTN_CUDA_WIDTHS_{bits}_BIT={x}" for bits, x in WIDTHS.items()),
             ]
             run(configure)

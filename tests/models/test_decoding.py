@@ -16,12 +16,12 @@ from fastattn.models.cache import StateLayer
 from fastattn.models.transfer import attention_transfer
 
 SIZES = {
-    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 60, "hidden_size": 32, "num_attention_heads": 4,
     "intermediate_size": 64, "max_position_embeddings": 512, "initializer_range": 0.3,
     "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "is_decoder": True,
 }  # fmt: skip
 GPT2 = {
-    "vocab_size": 60, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512,
+    "vocab_size": 60, "n_embd": 32, "n_head": 4, "n_positions": 512,
     "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
 MODELS = {
@@ -32,10 +32,11 @@ MODELS = {
 }
 
 
-def make(family: str, feature_map: str | None = "elu"):
+def make(family: str, feature_map: str | None = "elu", layers: int = 3):
     torch.manual_seed(0)
     name, sizes = MODELS[family]
-    model = getattr(transformers, name)(getattr(transformers, f"{family}Config")(**sizes)).eval()
+    config = getattr(transformers, f"{family}Config")(**sizes, num_hidden_layers=layers)
+    model = getattr(transformers, name)(config).eval()
     return model if feature_map is None else fastattn.linearize(model, feature_map)
 
 
@@ -165,7 +166,7 @@ def test_softmax_by_name_keeps_its_keys() -> None:
 
 @pytest.mark.parametrize("family", ["GPT2", "Bert"])
 def test_decoder_compiles_whole(family: str) -> None:
-    model = make(family, "hedgehog")
+    model = make(family, "hedgehog", layers=2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for count in (7, 12):
         expected = model(input_ids=tokens(count=count), use_cache=False).logits
@@ -225,7 +226,7 @@ def test_attention_weights_and_other_masks_raise(family: str) -> None:
 
 def test_packed_texts_raise_also_when_compiled() -> None:
     """Softmax keeps them apart where position_ids start again."""
-    model, ids = make("GPT2"), tokens(count=13)
+    model, ids = make("GPT2", layers=1), tokens(count=13)
     packed = torch.tensor([[*range(6), *range(7)]])
     with pytest.raises(NotImplementedError, match="texts in one row apart; give each a row"):
         model(input_ids=ids, position_ids=packed, use_cache=False)
