@@ -22,6 +22,7 @@ from examples.nvae.exact import SpectralRegulariser
 from examples.nvae.model import NVAE, Shape, reestimate_batch_norm
 from examples.nvae.picture import draw
 from examples.nvae.training import Settings, balance, fit, kl_coefficient
+from fastattn.cli.options import keep_freed_memory
 
 console = Console()
 
@@ -29,6 +30,7 @@ console = Console()
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     start = time.monotonic()
+    keep_freed_memory()
     torch.manual_seed(options.seed)
     try:
         images = load(options.data, options.size, options.split)
@@ -144,7 +146,8 @@ def train_nvae(
     model: NVAE, images: Images, settings: Settings, curve: list[tuple[int, float]]
 ) -> NVAE:
     """The running average of the trained model; ``curve`` gets (step, mean bound) now and then."""
-    regulariser = SpectralRegulariser(model)
+    # Weights change little in a step, and the vectors stay: one iteration a step follows them.
+    regulariser = SpectralRegulariser(model, iterations=1)
     sizes = model.group_sizes()
     every, recent = max(1, settings.steps // 100), []
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -91,13 +91,15 @@ def fit(
         FloatingPointError: the loss is no longer finite.
     """
     torch.manual_seed(settings.seed)
-    optimizer = torch.optim.Adamax(
-        model.parameters(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        eps=1e-3,
-    )
     average = copy.deepcopy(model).eval()
+    kept, state = in_one_piece(average), in_one_piece(model)
+    weights = nn.Parameter(state[: sum(p.numel() for p in model.parameters())])
+    weights.grad = torch.zeros_like(weights)
+    for parameter, gradient in zip(model.parameters(), like(model.parameters(), weights.grad)):
+        parameter.grad = gradient
+    optimizer = torch.optim.Adamax(
+        [weights], lr=settings.learning_rate, weight_decay=settings.weight_decay, eps=1e-3
+    )
     model.train()
     shown = math.nan
     with progress(description, settings.steps) as advance:
@@ -107,11 +109,12 @@ def fit(
             total, bound = loss(pixels(batch, images, binary), step)
             if not math.isfinite(bound):
                 raise FloatingPointError(f"the loss is {bound} at step {step}")
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=False)
             total.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 200.0)
+            nn.utils.clip_grad_norm_([weights], 200.0)
             optimizer.step()
-            update_average(average, model, settings.average, step)
+            # Of weights and batch statistics; the first count less, because they are far off.
+            kept.lerp_(state, 1 - min(settings.average, (1 + step) / (10 + step)))
             shown = bound if math.isnan(shown) else 0.98 * shown + 0.02 * bound
             advance(1, f"{shown:.2f} nats")
     return average
@@ -125,10 +128,19 @@ def learning_rate(step: int, settings: Settings) -> float:
     return low + (settings.learning_rate - low) * (1 + math.cos(math.pi * done)) / 2
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Weights and batch statistics; the first steps count less, because they are far off."""
-    decay = min(decay, (1 + step) / (10 + step))
-    kept = [t for t in average.state_dict().values() if t.is_floating_point()]
-    new = [t for t in model.state_dict().values() if t.is_floating_point()]
-    torch._foreach_lerp_(kept, new, 1 - decay)
+def in_one_piece(model: nn.Module) -> Tensor:
+    """All parameters of ``model``, then its other floating-point state, as one tensor (N,), of
+    which they become parts: what is done to each of some hundred small tensors, at every step,
+    takes as long as computing what to do."""
+    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    piece = torch.cat([t.detach().as_strided((t.numel(),), (1,)) for t in tensors])
+    for tensor, part in zip(tensors, like(tensors, piece)):
+        tensor.data = part
+    return piece
+
+
+def like(tensors: Iterable[Tensor], piece: Tensor) -> list[Tensor]:
+    """Consecutive parts of ``piece``, of the shapes and strides of ``tensors``, which are dense."""
+    tensors = list(tensors)
+    parts = piece[: sum(t.numel() for t in tensors)].split([t.numel() for t in tensors])
+    return [part.as_strided(t.shape, t.stride()) for t, part in zip(tensors, parts)]

@@ -26,6 +26,7 @@ class Metric(str, Enum):
 
 
 def compress(
+    context: typer.Context,
     model: Annotated[
         Path,
         typer.Option(
@@ -101,8 +102,15 @@ def compress(
         raise typer.BadParameter(
             f"{feature_map!r} is not one of {', '.join(FEATURE_MAPS)}", param_hint="--feature-map"
         )
-    if metric_epochs is not None and metric is None:
-        raise typer.BadParameter("there is no --metric to tune on", param_hint="--metric-epochs")
+    if metric is None:
+        options.refuse_without(context, "--metric", "metric_epochs")
+    if attention is Attention.softmax:
+        of_linear = ("feature_map", "linear_layers", "transfer_epochs")
+        options.refuse_without(context, "--attention linear", *of_linear)
+    if replace_epochs == 0:
+        options.refuse_without(context, "--replace-epochs above 0", "schedule")
+    if fine_tune is False:
+        options.refuse_without(context, "--fine-tune", "fine_tune_epochs")
     chosen_layers = options.numbers(linear_layers, "--linear-layers")
     chosen_lengths = options.lengths_of(lengths)
     with exit_codes(resumes=True):

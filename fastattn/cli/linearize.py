@@ -15,6 +15,7 @@ FEATURE_MAPS = ("hedgehog", "t2r", "elu", "relu", "cosine", "softmax", "exp", "e
 
 
 def linearize(
+    context: typer.Context,
     model: Annotated[
         Path,
         typer.Option(
@@ -72,6 +73,10 @@ def linearize(
         raise typer.BadParameter(
             f"{feature_map!r} is not one of {', '.join(FEATURE_MAPS)}", param_hint="--feature-map"
         )
+    if replace_epochs == 0:
+        options.refuse_without(context, "--replace-epochs above 0", "schedule")
+    if fine_tune is False:
+        options.refuse_without(context, "--fine-tune", "fine_tune_epochs")
     chosen_layers = options.numbers(layers, "--layers")
     chosen_lengths = options.lengths_of(lengths)
     with exit_codes(resumes=True):

@@ -146,6 +146,16 @@ def lengths_of(text: str | None) -> tuple[int, ...]:
     return found
 
 
+def refuse_without(context: typer.Context, needed: str, *names: str) -> None:
+    """Of the parameters ``names``, those that were given would do nothing, as ``needed`` is not."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise typer.BadParameter(
+                f"has no effect without {needed}", param_hint="--" + name.replace("_", "-")
+            )
+
+
 def has_bf16() -> bool:
     """Whether bfloat16 is faster than float32 here: AVX512-BF16 or AMX, or a GPU with it."""
     import torch

@@ -149,9 +149,14 @@ def test_compress_towards_a_metric(classifier: Path, data: Path, tmp_path: Path)
     ("options", "code", "message"),
     [
         (("compress", "--layers", "1", "--metric", "bleu"), 2, "'matthews'"),
-        (("compress", "--layers", "1", "--metric-epochs", "1"), 2, "no --metric to tune on"),
+        (("compress", "--layers", "1", "--metric-epochs", "1"), 2, "without --metric"),
+        (("compress", "--layers", "1", "--feature-map", "elu"), 2, "without --attention"),
+        (("compress", "--layers", "1", "--transfer-epochs", "1"), 2, "without --attention"),
+        (("compress", "--replace-epochs", "0", "--schedule", "blend"), 2, "epochs above 0"),
+        (("linearize", "--schedule", "constant"), 2, "without --replace-epochs above 0"),
+        (("linearize", "--no-fine-tune", "--fine-tune-epochs", "1"), 2, "without --fine-tune"),
         (("compress", "--layers", "3"), 4, "must divide the 2 layers"),
-        (("compress", "--layers", "1", "--linear-layers", "0"), 4, "needs attention='linear'"),
+        (("compress", "--layers", "1", "--linear-layers", "0"), 2, "without --attention"),
         (("compress", "--attention", "linear", "--linear-layers", "2"), 4, "got [2]"),
         (("compress", "--layers", "1", "--schedule", "steep"), 2, "'blend'"),
         (("compress",), 4, "nothing to do"),
@@ -163,13 +168,13 @@ def test_compress_towards_a_metric(classifier: Path, data: Path, tmp_path: Path)
         (("compare", "--dev", "gone.tsv"), 3, "gone.tsv does not exist"),
     ],
 )
-def test_errors_of_compress_and_compare(
+def test_errors_of_options_and_models(
     classifier: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     options: tuple[str, ...], code: int, message: str,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     name, *rest = options
-    if name == "compress":
+    if name != "compare":
         rest += ["--model", str(classifier), "--output", "out"]
     else:
         rest = [str(classifier)] * (2 - (rest == ["gone"])) + rest
