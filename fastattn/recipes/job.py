@@ -221,8 +221,9 @@ class Job(Generic[ArgumentsT]):
         match: float = 0.0,
         hidden: float = 0.0,
         callbacks: Sequence[TrainerCallback] = (),
-    ) -> float:
-        """Train ``model`` towards the softmax model's predictions and the labels; returns the loss.
+    ) -> float | None:
+        """Train ``model`` towards the softmax model's predictions and the labels; returns the loss
+        as ``fit`` does.
 
         For changed texts and hidden states the teacher works beside it. Otherwise, and where the
         student reads tokens that the teacher can't, the teacher's predictions of the rows as they

@@ -131,7 +131,7 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     collator: Collator | None = None,
     note: Callable[[], str] | None = None,
-) -> float:
+) -> float | None:
     """Train the parameters of ``model`` that require gradients, in place.
 
     Args:
@@ -144,7 +144,7 @@ def fit(
         note: what stands beside the progress; by default the loss.
 
     Returns:
-        The mean loss over the last tenth of the steps.
+        The mean loss over the last tenth of the steps; None if the checkpoint was of the last one.
     """
     last = _last_checkpoint(folder)
     arguments = TrainingArguments(
@@ -182,7 +182,7 @@ def fit(
         trainer.add_callback(_ShowProgress(advance, note or trainer.recent_loss))
         trainer.train(resume_from_checkpoint=last)
     recent = trainer.losses[-max(1, len(trainer.losses) // 10) :]
-    return float(torch.stack(recent).mean()) if recent else float("nan")
+    return float(torch.stack(recent).mean()) if recent else None
 
 
 class _Trainer(Trainer):

@@ -104,7 +104,10 @@ def test_a_killed_fit_goes_on_from_its_last_epoch(
                 raise Killed
             return task_loss(model, batch)
 
-        fit(model, tokens, tokenizer, loss, settings, folder, "Training")
+        ended = fit(model, tokens, tokenizer, loss, settings, folder, "Training")
+        assert steps == (24 if not (folder / "killed").exists() else 12)
+        assert isinstance(ended, float)
+        assert fit(model, tokens, tokenizer, loss, settings, folder, "Training") is None  # no step
         assert steps == (24 if not (folder / "killed").exists() else 12)
         return model.state_dict()
 
