@@ -73,7 +73,11 @@ void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>
     gomp_parallel(enter, &team, static_cast<unsigned>(threads), 0);
   } else {
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < team_size; ++i) others.emplace_back(enter, &team);
+    try {
+      for (int64_t i = 1; i < team_size; ++i) others.emplace_back(enter, &team);
+    } catch (const std::exception&) {
+      // The system has no more threads: those there are take the others' tasks.
+    }
     enter(&team);
     for (auto& thread : others) thread.join();
   }

@@ -37,10 +37,11 @@ _SEGMENT_TOKENS, _MAX_SEGMENTS = 22 * _TILE_ROWS, 64
 
 
 def _join_torch_threads() -> None:
-    """Run on the threads of the OpenMP runtime that torch ships, if it does."""
+    """Run on the threads of the OpenMP runtime that torch has loaded: one that it ships, or the
+    system's."""
     libraries = Path(torch.__file__).parent / "lib"
-    for pattern in ("libgomp*", "libiomp5*", "libomp*"):
-        for path in sorted(libraries.glob(pattern)):
+    for name in ("libgomp", "libiomp5", "libomp"):
+        for path in (*sorted(libraries.glob(f"{name}*")), f"{name}.so", f"{name}.so.1"):
             if _native.join_openmp(str(path)):
                 return
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fastattn.cli import options
-from fastattn.cli.exits import exit_codes
+from fastattn.cli.exits import exit_codes, writing
 
 
 def compare(
@@ -65,10 +65,9 @@ def compare(
             seed=seed,
         )
         print_comparison(report, Console())
-        try:
-            if json_file is not None:
+        if json_file is not None:
+            with writing(json_file):
                 write_json(report, json_file)
-            if plot_file is not None:
+        if plot_file is not None:
+            with writing(plot_file):
                 plot_comparison(report, plot_file)
-        except OSError as error:
-            raise OutputError(f"can't write {error.filename}: {error.strerror}") from error

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from fastattn.cli import options
-from fastattn.cli.exits import exit_codes
+from fastattn.cli.exits import exit_codes, writing
 from fastattn.cli.linearize import FEATURE_MAPS
 
 
@@ -149,8 +149,9 @@ def compress(
             ),
         )
         report = run(arguments, output, restart)
-        write_json(report, output / "report.json")
-        plot(report, output / "report.png")
+        with writing(output):
+            write_json(report, output / "report.json")
+            plot(report, output / "report.png")
         console = Console()
         print_report(report, console)
         for what, where in (

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fastattn.cli.exits import exit_codes
+from fastattn.cli.exits import exit_codes, writing
 from fastattn.cli.options import lengths_of
 
 METRICS = ("dist", "cos", "prob", "none")
@@ -85,8 +85,9 @@ def diagnose(
             lengths=chosen_lengths,
             seed=seed,
         )
-        numbers_file.write_text(json.dumps(report, indent=1) + "\n")
-        page.write_text(render(report), encoding="utf-8")
+        with writing(output):
+            numbers_file.write_text(json.dumps(report, indent=1) + "\n")
+            page.write_text(render(report), encoding="utf-8")
         summary, console = report["summary"], Console()
         for line in (
             f"tokens rank alike     {_shown(summary['spearman'])} (Spearman, mean of texts)",

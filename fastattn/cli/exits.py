@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -51,6 +52,22 @@ def exit_codes(resumes: bool = False, extras: tuple[str, ...] = ("cli",)) -> Ite
         hint = ": the same command goes on from the last saved stage" if resumes else ""
         _say(f"interrupted{hint}")
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What can't be written is the fault of ``folder``, not of the command.
+
+    Raises:
+        OutputError
+    """
+    from fastattn.recipes.errors import OutputError
+
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        raise OutputError(f"can't write {where}: {error.strerror or error}") from error
 
 
 def _say(message: str) -> None:

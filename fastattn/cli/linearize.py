@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fastattn.cli import options
-from fastattn.cli.exits import exit_codes
+from fastattn.cli.exits import exit_codes, writing
 
 FEATURE_MAPS = ("hedgehog", "t2r", "elu", "relu", "cosine", "softmax", "exp", "efficient")
 
@@ -111,8 +111,9 @@ def linearize(
             ),
         )
         report = run(arguments, output, restart)
-        write_json(report, output / "report.json")
-        plot(report, output / "report.png")
+        with writing(output):
+            write_json(report, output / "report.json")
+            plot(report, output / "report.png")
         console = Console()
         print_report(report, console)
         for what, where in (

@@ -54,8 +54,9 @@ def impact_matrix(
         tokens_per_batch: tokens in one forward pass.
 
     Raises:
-        ValueError: an unknown metric, a span that is empty or out of range, more than one text, or
-            token types of another shape.
+        ValueError: an unknown metric, a span that is empty or out of range, more than one text or
+            none, a text longer than the model's positions, token types of another shape, a layer
+            that isn't there, a band below 1, or no mask token.
 
     On float32 models entries that should be 0 are as large as rounding.
     """
@@ -64,6 +65,9 @@ def impact_matrix(
     ids = input_ids.reshape(-1) if input_ids.ndim < 2 or len(input_ids) == 1 else None
     if ids is None:
         raise ValueError(f"input_ids must be one text, (T,) or (1, T); got {list(input_ids.shape)}")
+    _check_model(model, len(ids), mask_token_id, layer)
+    if band is not None and band < 1:
+        raise ValueError(f"band must be at least 1; got {band}")
     if token_type_ids is not None and token_type_ids.numel() != len(ids):
         raise ValueError(
             f"token_type_ids must be {len(ids)} like input_ids; got {list(token_type_ids.shape)}"
@@ -95,6 +99,21 @@ def impact_matrix(
         if i != j:
             matrix[i, j] = probe.distance(seen[i, i], reading)
     return matrix
+
+
+def _check_model(model: Any, tokens: int, mask_token_id: int | None, layer: int) -> None:
+    from fastattn.models.positions import position_limit  # needs transformers, as its models do
+
+    config = getattr(model, "config", None)
+    limit = None if config is None else position_limit(config)
+    if not 1 <= tokens <= (limit or tokens):
+        most = "" if limit is None else f" and at most {limit}, the model's positions"
+        raise ValueError(f"input_ids must have at least 1 token{most}; got {tokens}")
+    if mask_token_id is None or mask_token_id < 0:
+        raise ValueError(f"mask_token_id must be a token id; got {mask_token_id}")
+    states = getattr(config, "num_hidden_layers", None)
+    if states is not None and not -states - 1 <= layer <= states:
+        raise ValueError(f"layer must be within {-states - 1}..{states}; got {layer}")
 
 
 class _Probe:

@@ -35,13 +35,16 @@ def segment(
         Spans (start, end) that cover 0..n in order.
 
     Raises:
-        ValueError: neither or both of ``threshold`` and ``quantile``, or a quantile not in 0..1.
+        ValueError: neither or both of ``threshold`` and ``quantile``, a quantile not in 0..1, or
+            neighbours whose impact is not finite.
     """
     if (threshold is None) == (quantile is None):
         raise ValueError(f"give a threshold or a quantile; got {threshold} and {quantile}")
     if quantile is not None and not 0 <= quantile <= 1:
         raise ValueError(f"quantile must be within 0..1; got {quantile}")
     strength = adjacent_impact(matrix)
+    if not strength.isfinite().all():
+        raise ValueError("matrix has NaN or infinite entries beside its diagonal")
     if quantile is not None:
         threshold = float(torch.quantile(strength, quantile)) if len(strength) else 0.0
     assert threshold is not None

@@ -54,15 +54,15 @@ def tree(
         "mart" and "su" nested lists [left, [k, right]] of word indices from 0.
 
     Raises:
-        ValueError: an unknown method, a matrix that is not square, is empty or has NaN, or a root
+        ValueError: an unknown method, a matrix that is not square, is empty or has NaN or infinity, or a root
             that is out of range or given to a bracketing.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if matrix.ndim != 2 or len(matrix) != matrix.shape[1] or not len(matrix):
         raise ValueError(f"matrix must be square and not empty; got {list(matrix.shape)}")
-    if matrix.isnan().any():
-        raise ValueError("matrix has NaN entries: compute it without band=")
+    if not matrix.isfinite().all():
+        raise ValueError("matrix has NaN or infinite entries: compute it without band=")
     scores = matrix.detach().double().cpu()
     if method == "eisner":
         if root is not None and not 0 <= root < len(scores):

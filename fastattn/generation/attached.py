@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def attach(head: SelfTerminatingHead, model: Any) -> Any:
         raise NotImplementedError(
             f"a self-terminating head needs a causal language model; got {type(model).__name__}"
         )
-    if hasattr(model, "_fastattn_detach"):
+    if hasattr(model, "_fastattn_head"):
         raise ValueError(f"{type(model).__name__} has a self-terminating head already")
     ends = model.generation_config.eos_token_id
     if ends is None:
@@ -41,44 +42,20 @@ def attach(head: SelfTerminatingHead, model: Any) -> Any:
             f"the head ends at token {head.eos_token_id}, but the model's generation_config has "
             f"eos_token_id={ends}"
         )
-    signature = inspect.signature(model.forward)
-    softmax_loss = model.loss_function
-
-    def before(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if head.kind == "st" and head.clock == "all" and kwargs.get(KEEP):
-            return args, {**kwargs, KEEP: 0}  # the product over the prompt needs all its logits
-        return None
-
-    def after(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if not hasattr(output, "logits"):
-            raise NotImplementedError("a self-terminating head needs return_dict=True")
-        given = signature.bind_partial(*args, **kwargs).arguments
-        given.update(given.pop("kwargs", {}))
-        if given.get("labels") is not None:
-            _score(head, output, given)
-        elif isinstance(getattr(output, "past_key_values", None), Cache):
-            _decode(head, output, given)
-        else:
-            _check_all_logits(output, given)
-            output.logits = head.log_probs(output.logits, _unpadded(head, given))
-        return output
-
+    vocabulary = config.get_text_config().vocab_size
+    if head.eos_token_id >= vocabulary:
+        raise ValueError(
+            f"eos_token_id must be below the model's vocabulary of {vocabulary}; "
+            f"got {head.eos_token_id}"
+        )
     hooks = (
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True),
+        model.register_forward_pre_hook(partial(_before, head), with_kwargs=True),
+        model.register_forward_hook(partial(_after, head), with_kwargs=True),
     )
-    model.loss_function = lambda *args, **kwargs: None  # the head's loss takes its place
-
-    def detach() -> None:
-        for hook in hooks:
-            hook.remove()
-        model.loss_function = softmax_loss
-        record(config, None, HEAD)
-        del model._fastattn_detach
-
-    settings = {name: getattr(head, name) for name in SETTINGS}
-    record(config, settings, HEAD)
-    model._fastattn_detach = detach
+    # Of the model, so that a copy of it has its own: handles find the hooks of their own model.
+    model._fastattn_head = (hooks, model.loss_function)
+    model.loss_function = _no_loss  # the head's loss takes its place
+    record(config, {name: getattr(head, name) for name in SETTINGS}, HEAD)
     return model
 
 
@@ -100,10 +77,57 @@ def detach(model: Any) -> Any:
     Raises:
         ValueError: a model without such a head.
     """
-    if not hasattr(model, "_fastattn_detach"):
+    if not hasattr(model, "_fastattn_head"):
         raise ValueError(f"{type(model).__name__} has no self-terminating head")
-    model._fastattn_detach()
+    hooks, model.loss_function = model._fastattn_head
+    for hook in hooks:
+        hook.remove()
+    record(model.config, None, HEAD)
+    del model._fastattn_head
     return model
+
+
+def _before(
+    head: SelfTerminatingHead, _: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    if head.kind == "st" and head.clock == "all" and kwargs.get(KEEP):
+        return args, {**kwargs, KEEP: 0}  # the product over the prompt needs all its logits
+    return None
+
+
+def _after(
+    head: SelfTerminatingHead, model: Any, args: Any, kwargs: dict[str, Any], output: Any
+) -> Any:
+    if not hasattr(output, "logits"):
+        raise NotImplementedError("a self-terminating head needs return_dict=True")
+    kind: Any = type(model)
+    given = _signature(kind).bind_partial(model, *args, **kwargs).arguments
+    given.update(given.pop("kwargs", {}))
+    cache = getattr(output, "past_key_values", None)
+    # A model makes a cache by default, also for whoever only wants the logits of a text. With the
+    # clock "generated" they are others than those of a prompt, so a cache must be asked for.
+    caches = (given.get(name) for name in ("past_key_values", "cache"))  # from 5.24 on the latter
+    asked = given.get("use_cache") or any(given_cache is not None for given_cache in caches)
+    if given.get("labels") is not None:
+        _score(head, output, given)
+    elif isinstance(cache, Cache) and (asked or head.clock == "all"):
+        _decode(head, output, given)
+    else:
+        _check_all_logits(output, given)
+        output.logits = head.log_probs(output.logits, _unpadded(head, given))
+        if isinstance(cache, Cache):
+            _carry_in(cache)
+            cache.scored = True  # type: ignore[attr-defined]
+    return output
+
+
+def _no_loss(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@functools.cache
+def _signature(kind: Any) -> inspect.Signature:
+    return inspect.signature(kind.forward)
 
 
 def _score(head: SelfTerminatingHead, output: Any, given: dict[str, Any]) -> None:
@@ -126,6 +150,11 @@ def _score(head: SelfTerminatingHead, output: Any, given: dict[str, Any]) -> Non
 def _decode(head: SelfTerminatingHead, output: Any, given: dict[str, Any]) -> None:
     """``generate``: a prompt, and then token after token."""
     cache, logits = output.past_key_values, output.logits
+    if getattr(cache, "scored", False):
+        raise ValueError(
+            "this cache comes from a call that scored its text: to go on from it, read the prompt "
+            "with use_cache=True"
+        )
     carry = getattr(cache, "carry", None)
     tokens, kept = _tokens(given), logits.shape[1]
     started = _unpadded(head, given)
@@ -196,6 +225,7 @@ class _Carrying:
     """What a cache with a head's numbers does besides."""
 
     carry: Tensor | None = None
+    scored = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -214,7 +244,7 @@ class _Carrying:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.carry = None
+        self.carry, self.scored = None, False
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("a self-terminating head can't take tokens back")

@@ -10,7 +10,7 @@ to one, in training as in decoding:
     p_t(eos) = 1 - alpha_t,   p_t(v) = alpha_t softmax(logits without eos)_v
 
 with z the logit of the end. Both give p_t(eos) >= 1 - (1 - eps)^t, so greedy decoding ends within
--ln 2 / ln(1 - eps) tokens, rounded up.
+-ln 2 / ln(1 - eps) tokens, rounded up (and one more where that is whole: a tie).
 
 Sources: Welleck et al. 2020, https://arxiv.org/abs/2002.02492 (st); Choi, Chang, Cho, Welleck 2023,
 https://arxiv.org/abs/2210.00660 (nmst).
@@ -67,7 +67,7 @@ class SelfTerminatingHead:
     @property
     def longest(self) -> int:
         """Tokens, the end among them, within which greedy decoding has ended."""
-        return math.ceil(-math.log(2) / math.log1p(-self.epsilon))
+        return math.floor(-math.log(2) / math.log1p(-self.epsilon)) + 1
 
     def log_probs(self, logits: Tensor, started: Tensor | None = None) -> Tensor:
         """The parallel form: log-probabilities of a whole sequence, for training and scoring.

@@ -22,7 +22,7 @@ from fastattn.ops import (
     linear_attention,
     linear_attention_step,
 )
-from fastattn.ops.check import MAX_DIM
+from fastattn.ops.check import LEAST_EPS, MAX_DIM, check_bool, check_number
 
 
 class LinearAttention(nn.Module):
@@ -81,6 +81,13 @@ class LinearAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_sizes(embed_dim, num_heads, num_kv_heads)
+        check_bool("is_causal", is_causal)
+        check_bool("normalize", normalize)
+        check_number("eps", eps)
+        if not eps >= LEAST_EPS:
+            raise ValueError(f"eps must be at least {LEAST_EPS}; got {eps}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be within 0..1; got {dropout}")
         for name, given in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if given:
                 raise NotImplementedError(f"LinearAttention has no {name}: it must be False")
@@ -192,6 +199,8 @@ class LinearAttention(nn.Module):
             raise NotImplementedError(
                 "need_weights=True: linear attention never forms the weights; pass False"
             )
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            masks.check_tensor(name, x)
         if query.is_nested or key.is_nested or value.is_nested:
             causal = is_causal or self.is_causal
             return self._nested(query, key, value, key_padding_mask, attn_mask, causal), None
@@ -347,6 +356,7 @@ class LinearAttention(nn.Module):
         return torch.nested.as_nested_tensor(rows, layout=query.layout)
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
         sizes = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
         for (name, size), x in zip(sizes.items(), (query, key, value)):
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != size:
@@ -355,9 +365,18 @@ class LinearAttention(nn.Module):
                     f"{name} must have shape {shape.format(size)}, or (tokens, {size}) as all "
                     f"three; got {tuple(x.shape)}"
                 )
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(
+                    f"{name} must be {weight.dtype} like the module's weights, if not under "
+                    f"torch.autocast; got {x.dtype}"
+                )
 
 
 def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int) -> None:
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an integer; got {size!r}")
     if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
         raise ValueError(
             "embed_dim must be a positive multiple of num_heads; "

@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 
 
+def check_tensor(name: str, given: Tensor) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(given).__name__}")
+
+
 def key_mask(padding: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Of ``torch.nn.MultiheadAttention``'s convention, True where a key takes part."""
+    check_tensor("key_padding_mask", padding)
     if padding.shape != shape:
         raise ValueError(f"key_padding_mask must have shape {shape}; got {tuple(padding.shape)}")
     if padding.dtype == torch.bool:
@@ -27,6 +33,7 @@ def key_mask(padding: Tensor, shape: tuple[int, ...]) -> Tensor:
 def is_causal(mask: Tensor, hint: bool, shape: tuple[int, int], rows: int) -> bool:
     """Whether ``attn_mask``, of N queries and M keys (``shape``), and ``is_causal`` together ask
     for causal attention. ``rows``: heads of the whole batch, which a mask may have one by one."""
+    check_tensor("attn_mask", mask)
     if mask.shape not in (shape, (rows, *shape)):
         raise ValueError(
             f"attn_mask must have shape {shape} or {(rows, *shape)}; got {tuple(mask.shape)}"

@@ -121,7 +121,7 @@ def linear_attention(
             where Bs is B or the number of packed sequences. Not updated. Gradients flow into it.
         return_state: also return the state after these tokens, with gradients.
         enable_gqa: allow Hq to be a multiple of Hk; query head h uses key head h // (Hq / Hk).
-        eps: the smallest denominator.
+        eps: the smallest denominator, at least 1e-30.
         backend: "auto" or one of ``fastattn.backends.names()``; see ``fastattn.explain``.
         form: "chunked" (tiles of tokens), "recurrent" (one token after another) or "auto": the
             same result, for tests and benchmarks.
@@ -324,7 +324,7 @@ def _check_step_once(
             *(query.shape, key.shape, value.shape, S.shape, z.shape, S.stride(), z.stride()),
             *(query.dtype, key.dtype, value.dtype, S.dtype, z.dtype),
             *(query.device, key.device, value.device, S.device, z.device),
-            *(phi, normalize, scale, enable_gqa, eps, backend),
+            *(phi, normalize, scale, enable_gqa, eps, backend, type(normalize), type(enable_gqa)),
         )
         if key_mask is None and signature in _checked_steps:
             return

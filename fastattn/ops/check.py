@@ -19,6 +19,7 @@ from fastattn.ops import feature_maps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_DIM = 256
+LEAST_EPS = 1e-30  # its inverse times a number is one in float32
 FORMS = ("auto", "chunked", "recurrent")
 
 
@@ -85,8 +86,8 @@ def check_options(
         )
     check_number("scale", scale)
     check_number("eps", eps)
-    if not eps > 0:
-        raise ValueError(f"eps must be positive; got {eps}")
+    if not eps >= LEAST_EPS:
+        raise ValueError(f"eps must be at least {LEAST_EPS}; got {eps}")
     if backend != "auto" and backend not in backends.names():
         raise ValueError(
             f"backend must be 'auto' or one of {', '.join(map(repr, backends.names()))}; "

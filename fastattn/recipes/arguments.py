@@ -103,7 +103,8 @@ def settle(arguments: ArgumentsT, config: PretrainedConfig) -> tuple[ArgumentsT,
 
 
 def fingerprint(arguments: Arguments) -> dict[str, Any]:
-    """The arguments with a digest of each file: a changed file is other data."""
+    """The arguments with a digest of each file: a changed file is other data. Without the lengths
+    to measure at, which no training depends on."""
     digests = {
         name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         for name, path in (
@@ -112,7 +113,9 @@ def fingerprint(arguments: Arguments) -> dict[str, Any]:
             ("config.json sha256", arguments.model / "config.json"),
         )
     }
-    return {**as_json(arguments), **digests, "weights sha256": weights_digest(arguments.model)}
+    asked = as_json(arguments)
+    del asked["lengths"]
+    return {**asked, **digests, "weights sha256": weights_digest(arguments.model)}
 
 
 def weights_digest(folder: Path) -> str:

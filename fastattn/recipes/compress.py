@@ -84,7 +84,7 @@ def compress(arguments: CompressArguments, output: Path, restart: bool = False) 
     stages["distill"] = run.stage("distill", job.distill)
     if arguments.metric is not None:
         stages["tune"] = run.stage("tune", job.tune)
-    stages["measure"] = run.stage("measure", job.measure)
+    stages["measure"] = run.stage("measure", job.measure, arguments.lengths)
     return job.report(stages)
 
 
@@ -106,7 +106,7 @@ class CompressJob(Job[CompressArguments]):
             predecessor,
             args.num_layers,
             args.attention,  # type: ignore[arg-type]
-            args.feature_map,
+            args.feature_map if linear else None,
             linear_layers=args.layers,
             start=load_model(self.stage_folder("transfer")) if linear else None,
             first=args.first,
@@ -168,7 +168,7 @@ def _check(arguments: CompressArguments, config: PretrainedConfig) -> None:
                 model,
                 arguments.num_layers,
                 arguments.attention,  # type: ignore[arg-type]
-                arguments.feature_map,
+                arguments.feature_map if arguments.attention == "linear" else None,
                 linear_layers=arguments.layers,
             )
     except (ValueError, TypeError, NotImplementedError) as error:

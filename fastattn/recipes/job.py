@@ -29,6 +29,7 @@ from fastattn.recipes.augment import ChangingCollator, nearest_tokens
 from fastattn.recipes.data import Task, limit_train, load_task, tokenize
 from fastattn.recipes.evaluate import evaluate, predict
 from fastattn.recipes.losses import distillation_loss, imitation_loss, task_loss
+from fastattn.recipes.measure import check_lengths, measure
 from fastattn.recipes.models import load_model, load_tokenizer, new_classifier, output_labels
 from fastattn.recipes.run import CHECKPOINTS, Results, Run
 from fastattn.recipes.training import Loss, Settings, fit, without_dropout
@@ -64,6 +65,7 @@ def prepare(
         DataError, ModelError, OutputError
     """
     arguments, fine_tune = settle(arguments, config)
+    check_lengths(arguments.lengths, arguments.model)
     labels = None if fine_tune else output_labels(config)
     task = load_task(arguments.train, arguments.dev, labels)
     task = limit_train(task, arguments.train_limit, arguments.seed)
@@ -269,8 +271,6 @@ class Job(Generic[ArgumentsT]):
         )
 
     def measure(self, folder: Path) -> Results:
-        from fastattn.recipes.measure import measure
-
         args = self.arguments
         models = {"softmax": self.stage_folder("softmax"), self.final: self.output}
         points = measure(models, args.lengths, bf16=args.bf16) if args.lengths else []

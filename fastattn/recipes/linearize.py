@@ -40,5 +40,5 @@ def linearize(arguments: Arguments, output: Path, restart: bool = False) -> dict
     if arguments.replace_epochs != 0:
         stages["replace"] = run.stage("replace", job.replace)
     stages["distill"] = run.stage("distill", job.distill)
-    stages["measure"] = run.stage("measure", job.measure)
+    stages["measure"] = run.stage("measure", job.measure, arguments.lengths)
     return job.report(stages)

@@ -22,7 +22,8 @@ import torch
 import transformers
 
 from fastattn.models.positions import position_limit
-from fastattn.recipes.models import load_model
+from fastattn.recipes.errors import ModelError
+from fastattn.recipes.models import load_config, load_model
 from fastattn.recipes.progress import progress
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -40,6 +41,17 @@ class Point:
     batch: int
     seconds: float
     peak_bytes: int | None
+
+
+def check_lengths(lengths: Sequence[int], *folders: Path) -> None:
+    """Raises ModelError where a model can't be given positions for the longest of ``lengths``."""
+    for folder in folders:
+        limit = position_limit(load_config(folder))
+        if limit is not None and max(lengths, default=0) > limit**2:
+            raise ModelError(
+                f"--lengths may be at most {limit**2}, the square of the {limit} positions of "
+                f"{folder}; got {max(lengths)}"
+            )
 
 
 def measure(

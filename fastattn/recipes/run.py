@@ -68,18 +68,25 @@ class Run:
         """Results of the stages that are done, in order."""
         return dict(self._record["stages"])
 
-    def stage(self, name: str, compute: Callable[[Path], Results]) -> Results:
+    def stage(
+        self, name: str, compute: Callable[[Path], Results], given: Any = None
+    ) -> Results:
         """The results of a stage: those saved, or those of ``compute(folder of the stage)``.
 
         ``seconds`` is added to the results; a stage that was interrupted counts from its restart.
+        ``given``: a JSON value that this stage alone depends on; with another it is computed anew.
         """
-        if name not in self._record["stages"]:
+        given = json.loads(json.dumps(given))
+        saved = self._record["stages"].get(name)
+        if saved is None or saved.get("given") != given:
             folder = self.folder / name
             start = time.monotonic()
             try:
                 folder.mkdir(exist_ok=True)
                 results = compute(folder)
                 results["seconds"] = time.monotonic() - start
+                if given is not None:
+                    results["given"] = given
                 self._record["stages"][name] = results
                 self._write()
                 # Only now: until then an interrupted stage goes on from them.

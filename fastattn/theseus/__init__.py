@@ -4,6 +4,7 @@ A fine-tuned model, the predecessor, is replaced piece by piece by a smaller one
 while both work as one model: the successor's pieces learn in the company they will keep.
 """
 
+import fastattn.models  # noqa: F401  # says which extra is missing
 from fastattn.theseus.callback import TheseusCallback
 from fastattn.theseus.model import Theseus
 from fastattn.theseus.schedules import BlendSchedule, ConstantSchedule, LinearSchedule, Schedule

@@ -40,7 +40,7 @@ class Theseus(nn.Module):
         predecessor: a fine-tuned model; it is copied, not changed.
         num_layers: m, which must divide n; default n.
         attention: of the successor.
-        feature_map: as for ``linearize``; only for linear attention.
+        feature_map: as for ``linearize``, default "hedgehog"; only for linear attention.
         schedule: of the share replaced; default the paper's.
         layers: name of the ``nn.ModuleList`` of layers in ``predecessor``; default: found for the
             families of ``linearize``.
@@ -56,7 +56,9 @@ class Theseus(nn.Module):
         seed: of the gates.
 
     Raises:
-        ValueError: m that does not divide n, a layer that isn't there, or an unknown word.
+        ValueError: m that does not divide n, a layer that isn't there, an unknown word, an argument
+            that needs linear attention, or a ``start`` of another shape.
+        TypeError: a schedule that is none.
         NotImplementedError: a model whose layers aren't known, or without linear attention.
     """
 
@@ -65,7 +67,7 @@ class Theseus(nn.Module):
         predecessor: nn.Module,
         num_layers: int | None = None,
         attention: Literal["softmax", "linear"] = "softmax",
-        feature_map: str = "hedgehog",
+        feature_map: str | None = None,
         schedule: Schedule | None = None,
         *,
         layers: str | None = None,
@@ -78,10 +80,17 @@ class Theseus(nn.Module):
         super().__init__()
         if attention not in ("softmax", "linear"):
             raise ValueError(f"attention must be 'softmax' or 'linear'; got {attention!r}")
-        if match < 0:
+        if not match >= 0:
             raise ValueError(f"match must not be negative; got {match}")
         if linear_layers is not None and attention != "linear":
             raise ValueError(f"linear_layers={linear_layers!r} needs attention='linear'")
+        if feature_map is not None and attention != "linear":
+            raise ValueError(f"feature_map={feature_map!r} needs attention='linear'")
+        if schedule is not None and not (callable(schedule) and hasattr(schedule, "blends")):
+            raise TypeError(f"schedule must be one such as LinearSchedule(); got {schedule!r}")
+        if start is not None:
+            _check_start(predecessor, start)
+        feature_map = feature_map or "hedgehog"
         self.schedule: Schedule = schedule or LinearSchedule()
         self.match, self.seed = match, seed
         self.steps = 0
@@ -130,6 +139,18 @@ class Theseus(nn.Module):
         return [block for block in found if isinstance(block, Replaceable)]
 
     @property
+    def config(self) -> Any:
+        """The successor's configuration, which the Trainer looks at."""
+        return self.model.config
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As of the model inside; the Trainer calls it."""
+        self.model.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.model.gradient_checkpointing_disable()
+
+    @property
     def share(self) -> float:
         """Of the successor at this step: the schedule's, and 1 in phase 2."""
         return self.schedule(self.steps) if self.blocks else 1.0
@@ -158,6 +179,8 @@ class Theseus(nn.Module):
         if not self.training or not blocks:
             return self.model(**kwargs)
         self.set_gates(attention_mask)
+        if hasattr(self.model, "config"):
+            kwargs["return_dict"] = True  # what follows adds to its fields
         output = self.model(**kwargs)
         if self.match:
             errors = [error for block in blocks for error in block.errors]
@@ -289,6 +312,16 @@ def _one_type(layers: Sequence[nn.Module]) -> Any:
             f"layers that are replaced by one must be of one kind; got {', '.join(sorted(types))}"
         )
     return layers[0].attention_type
+
+
+def _check_start(predecessor: nn.Module, start: nn.Module) -> None:
+    there = {name: tuple(value.shape) for name, value in start.state_dict().items()}
+    for name, value in predecessor.state_dict().items():
+        if there.get(name) != tuple(value.shape):
+            raise ValueError(
+                f"start must be a model of the predecessor's shape: its {name} is "
+                f"{there.get(name, 'missing')}, not {tuple(value.shape)}"
+            )
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -55,7 +55,7 @@ class LinearSchedule:
 
     def __post_init__(self) -> None:
         _check_share("base", self.base)
-        if self.slope < 0:
+        if not self.slope >= 0:
             raise ValueError(f"slope must not be negative; got {self.slope}")
 
     def __call__(self, step: int) -> float:

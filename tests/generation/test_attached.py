@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn.generation import SelfTerminatingHead, detach
+from fastattn.models.attention import HEAD
 
 EOS, PAD, VOCABULARY = 2, 0, 23
 SETTINGS = [(kind, clock) for kind in ("nmst", "st") for clock in ("generated", "all")]
@@ -168,6 +170,36 @@ def test_learns_where_to_end() -> None:
     assert tokens[0].tolist() == [9, 9, 9, 9, 9, EOS]
 
 
+@pytest.mark.parametrize(("kind", "clock"), SETTINGS)
+def test_scoring_is_parallel_though_models_make_a_cache_by_default(kind: str, clock: str) -> None:
+    head = SelfTerminatingHead(EOS, 0.02, kind, clock)
+    model, ids = head.attach(decoder()), prompts()["input_ids"][1:]
+    with torch.no_grad():
+        scored = model(input_ids=ids)
+        expected = model(input_ids=ids, labels=ids).logits
+        assert torch.equal(scored.logits, model(input_ids=ids, use_cache=False).logits)
+        torch.testing.assert_close(scored.logits, expected)
+        if clock == "generated":
+            with pytest.raises(ValueError, match="scored its text.*use_cache=True"):
+                model(input_ids=ids[:, -1:], past_key_values=scored.past_key_values)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_a_head_of_its_own(copied: Any) -> None:
+    head = SelfTerminatingHead(EOS, 0.02)
+    model, ids = head.attach(decoder()), prompts()["input_ids"]
+    other = copied(model)
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids)
+        assert torch.equal(other(input_ids=ids, labels=ids).loss, expected.loss)
+        detach(other)
+        assert torch.equal(model(input_ids=ids, labels=ids).loss, expected.loss)
+        assert hasattr(model.config, HEAD) and not hasattr(other.config, HEAD)
+        assert torch.equal(other(input_ids=ids).logits, decoder()(input_ids=ids).logits)
+        detach(model)
+        assert torch.equal(model(input_ids=ids).logits, decoder()(input_ids=ids).logits)
+
+
 def test_scoring_without_a_cache_is_parallel() -> None:
     head, plain = SelfTerminatingHead(EOS, 0.02), decoder()
     model = head.attach(copy.deepcopy(plain))
@@ -277,7 +309,7 @@ def test_linearising_keeps_the_guard(tmp_path: Path) -> None:
     fastattn.restore(fastattn.linearize(model, "elu")).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["attn_implementation"] == "fastattn_self_terminating"
-    assert hasattr(fastattn.load(tmp_path), "_fastattn_detach")
+    assert hasattr(fastattn.load(tmp_path), "_fastattn_head")
     damaged = {**config, "fastattn_self_terminating": {"epsilon": 0.1}}
     (tmp_path / "config.json").write_text(json.dumps(damaged))
     with pytest.raises(ValueError, match="damaged field 'fastattn_self_terminating'"):

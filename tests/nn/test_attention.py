@@ -176,6 +176,30 @@ def test_what_cannot_be_honoured_raises() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             LinearAttention(*arguments, **options)
+    for options, message in (
+        ({"embed_dim": 32.0}, "embed_dim must be an integer; got 32.0"),
+        ({"num_heads": True}, "num_heads must be an integer; got True"),
+        ({"normalize": "yes"}, "normalize must be True or False; got 'yes'"),
+        ({"is_causal": 1}, "is_causal must be True or False; got 1"),
+        ({"eps": "small"}, "eps must be a number; got str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            LinearAttention(**{"embed_dim": E, "num_heads": H, **options})
+    for options, message in (
+        ({"eps": -1.0}, "eps must be at least 1e-30; got -1.0"),
+        ({"dropout": 2.0}, "dropout must be within 0..1; got 2.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LinearAttention(E, H, **options)
+    for arguments, options, message in (
+        ((x, None, x), {}, "key must be a torch.Tensor; got NoneType"),
+        (([x], x, x), {}, "query must be a torch.Tensor; got list"),
+        ((x, x, x, [True]), {}, "key_padding_mask must be a torch.Tensor; got list"),
+        ((x, x, x), {"attn_mask": [True]}, "attn_mask must be a torch.Tensor; got list"),
+        ((x.half(), x, x), {}, "query must be torch.float32 like the module's weights"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            module(*arguments, **options)
     with pytest.raises(ValueError, match=r"key must have shape \(B, tokens, 32\)"):
         module(x, x[..., :5], x)
 

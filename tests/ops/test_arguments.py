@@ -177,8 +177,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         "initial_state.S must be on query's device, cpu; got meta",
     ),
     ({"return_state": "yes"}, TypeError, "return_state must be True or False; got 'yes'"),
-    ({"eps": 0}, ValueError, "eps must be positive; got 0"),
-    ({"eps": -1e-6}, ValueError, "eps must be positive; got -1e-06"),
+    ({"eps": 0}, ValueError, "eps must be at least 1e-30; got 0"),
+    ({"eps": 1e-39}, ValueError, "eps must be at least 1e-30; got 1e-39"),
+    ({"eps": -1e-6}, ValueError, "eps must be at least 1e-30; got -1e-06"),
     ({"eps": float("nan")}, ValueError, "eps must be finite; got nan"),
     ({"eps": None}, TypeError, "eps must be a number; got None"),
     ({"backend": "gpu"}, ValueError, "backend must be 'auto' or one of 'cpu', "),
@@ -229,7 +230,7 @@ BAD_STEPS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"feature_map": "identity"}, ValueError, "normalize=True needs non-negative features"),
     ({"key_mask": torch.ones(B, 2, dtype=torch.bool)}, ValueError, "(B, M) = (2, 1)"),
     ({"query": torch.randn(B, H, 1, D, requires_grad=True)}, ValueError, "has no gradient"),
-    ({"scale": None, "eps": 0.0}, ValueError, "eps must be positive"),
+    ({"scale": None, "eps": 0.0}, ValueError, "eps must be at least 1e-30"),
     ({"backend": "gpu"}, ValueError, "backend must be 'auto' or one of"),
 ]  # fmt: skip
 

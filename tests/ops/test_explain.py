@@ -52,7 +52,7 @@ def test_takes_a_problem() -> None:
 
 def test_refuses_what_the_call_refuses() -> None:
     x = torch.randn(1, 2, 30, 8)
-    with pytest.raises(ValueError, match="eps must be positive"):
+    with pytest.raises(ValueError, match="eps must be at least 1e-30"):
         explain(x, x, x, eps=-1)
 
 
