@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -29,6 +31,9 @@ console = Console()
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    for name in ("matplotlib", "PIL"):  # the picture comes last: it should not fail then
+        if importlib.util.find_spec(name) is None:
+            sys.exit(f"error: this example needs {name}: pip install 'fastattn[examples]'")
     start = time.monotonic()
     keep_freed_memory()
     torch.manual_seed(options.seed)
@@ -99,8 +104,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("learning_rate", "temperature"):
-        if not getattr(options, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive")
+        if not 0 < getattr(options, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive and finite")
+    if not 0 <= options.spectral < math.inf:
+        parser.error("--spectral must be at least 0 and finite")
     return options
 
 

@@ -58,6 +58,10 @@ def load(path: Path | None, size: int | None = None, seed: int = 0) -> Images:
     Raises:
         DataError: nothing usable there, or unequal images.
     """
+    if size is not None and size < 1:
+        raise DataError(f"--size must be at least 1; got {size}")
+    if size is not None and (path is None or path.is_file()):
+        raise DataError(f"--size is for a folder of images; {path or 'the digits'} has its own")
     if path is None:
         return _digits(seed)
     if path.is_file():
@@ -67,6 +71,8 @@ def load(path: Path | None, size: int | None = None, seed: int = 0) -> Images:
     idx = sorted(
         p for p in path.iterdir() if "ubyte" in p.name and "images" in p.name and p.is_file()
     )
+    if idx and size is not None:
+        raise DataError(f"--size is for a folder of images; {path} has MNIST-format files")
     if idx:
         return _mnist(path, idx, seed)
     return _folder(path, size, seed)

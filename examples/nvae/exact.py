@@ -89,7 +89,7 @@ class LogisticMixture:
 
     Values 0 .. levels - 1 stand at equal distances in [-1, 1]; the outer bins reach to infinity,
     so the probabilities of all values add up to 1. Channel c has its means shifted by multiples of
-    the channels before it (the same multiples for all components of no two pixels).
+    the channels before it, which differ between components and pixels.
 
     ``parameters`` (B, components * (1 + 2 C + C (C - 1) / 2), H, W): log weights, means, log
     scales, and the coefficients of earlier channels before tanh.

@@ -54,8 +54,8 @@ def tree(
         "mart" and "su" nested lists [left, [k, right]] of word indices from 0.
 
     Raises:
-        ValueError: an unknown method, a matrix that is not square, is empty or has NaN or infinity, or a root
-            that is out of range or given to a bracketing.
+        ValueError: an unknown method, a matrix that is not square, is empty or has NaN or infinity,
+            or a root that is out of range or given to a bracketing.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")

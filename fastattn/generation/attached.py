@@ -34,6 +34,12 @@ def attach(head: SelfTerminatingHead, model: Any) -> Any:
         )
     if hasattr(model, "_fastattn_head"):
         raise ValueError(f"{type(model).__name__} has a self-terminating head already")
+    vocabulary = config.get_text_config().vocab_size
+    if head.eos_token_id >= vocabulary:
+        raise ValueError(
+            f"eos_token_id must be below the model's vocabulary of {vocabulary}; "
+            f"got {head.eos_token_id}"
+        )
     ends = model.generation_config.eos_token_id
     if ends is None:
         model.generation_config.eos_token_id = head.eos_token_id
@@ -41,12 +47,6 @@ def attach(head: SelfTerminatingHead, model: Any) -> Any:
         raise ValueError(
             f"the head ends at token {head.eos_token_id}, but the model's generation_config has "
             f"eos_token_id={ends}"
-        )
-    vocabulary = config.get_text_config().vocab_size
-    if head.eos_token_id >= vocabulary:
-        raise ValueError(
-            f"eos_token_id must be below the model's vocabulary of {vocabulary}; "
-            f"got {head.eos_token_id}"
         )
     hooks = (
         model.register_forward_pre_hook(partial(_before, head), with_kwargs=True),

@@ -68,9 +68,7 @@ class Run:
         """Results of the stages that are done, in order."""
         return dict(self._record["stages"])
 
-    def stage(
-        self, name: str, compute: Callable[[Path], Results], given: Any = None
-    ) -> Results:
+    def stage(self, name: str, compute: Callable[[Path], Results], given: Any = None) -> Results:
         """The results of a stage: those saved, or those of ``compute(folder of the stage)``.
 
         ``seconds`` is added to the results; a stage that was interrupted counts from its restart.

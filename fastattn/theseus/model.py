@@ -219,6 +219,7 @@ class Theseus(nn.Module):
         Raises:
             ValueError: another word.
         """
+        train = [train] if isinstance(train, str) else train
         if unknown := [part for part in train if part not in PARTS]:
             raise ValueError(f"train takes {', '.join(PARTS)}; got {', '.join(unknown)}")
         for slot, block in zip(self._slots, self.blocks, strict=False):

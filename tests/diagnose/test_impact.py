@@ -183,6 +183,14 @@ def test_agreement() -> None:
             lambda m, ids: impact_matrix(m, ids, MASK, token_type_ids=torch.zeros(8)),
             r"token_type_ids must be 9 like input_ids; got \[8\]",
         ),
+        (
+            lambda m, ids: impact_matrix(m, ids, MASK, layer=9),
+            r"layer must be within -\d..\d; got 9",
+        ),
+        (lambda m, ids: impact_matrix(m, ids, MASK, band=0), "band must be at least 1; got 0"),
+        (lambda m, ids: impact_matrix(m, ids, None), "mask_token_id must be a token id; got None"),
+        (lambda m, ids: impact_matrix(m, ids[:0], MASK), "at least 1 token and at most .* got 0"),
+        (lambda m, ids: impact_matrix(m, ids.repeat(99), MASK), "model's positions; got 891"),
         (lambda m, ids: impact_matrix(m.bert, ids, MASK, metric="prob"), "head; BertModel has"),
         (lambda m, ids: agreement(torch.ones(2, 2), torch.ones(3, 3)), "of one shape"),
         (

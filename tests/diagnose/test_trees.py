@@ -104,6 +104,8 @@ def test_tree_arguments() -> None:
         tree(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="NaN"):
         tree(square + torch.nan)
+    with pytest.raises(ValueError, match="infinite"):
+        tree(torch.full((4, 4), torch.inf))
     with pytest.raises(ValueError, match="root must be within 0..2; got 3"):
         tree(square, root=3)
     with pytest.raises(ValueError, match="root is for"):
@@ -173,6 +175,8 @@ def test_segmentation() -> None:
     assert score_segmentation([gold], [gold]).f1 == 1
     with pytest.raises(ValueError, match="a threshold or a quantile; got None and None"):
         segment(matrix)
+    with pytest.raises(ValueError, match="infinite entries beside its diagonal"):
+        segment(matrix + torch.nan, threshold=0.0)
     with pytest.raises(ValueError, match="quantile must be within 0..1; got 2"):
         segment(matrix, quantile=2)
     with pytest.raises(ValueError, match="ends at 3 but its gold at 5"):

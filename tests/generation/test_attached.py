@@ -317,6 +317,8 @@ def test_linearising_keeps_the_guard(tmp_path: Path) -> None:
 
 
 def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="below the model's vocabulary of 23; got 99"):
+        SelfTerminatingHead(99).attach(decoder())
     head = SelfTerminatingHead(EOS)
     model = head.attach(decoder())
     with pytest.raises(ValueError, match="already"):

@@ -312,6 +312,11 @@ def test_any_list_of_layers_the_user_names() -> None:
         ({"attention": "sparse"}, ValueError, "'softmax' or 'linear'; got 'sparse'"),
         ({"attention": "linear", "feature_map": "magic"}, ValueError, "feature_map"),
         ({"num_layers": 2, "match": -1.0}, ValueError, "match"),
+        ({"num_layers": 2, "match": float("nan")}, ValueError, "match must not be negative"),
+        ({"num_layers": 2, "feature_map": "elu"}, ValueError, "needs attention='linear'"),
+        ({"num_layers": 2, "schedule": "linear"}, TypeError, r"LinearSchedule\(\); got 'linear'"),
+        ({"num_layers": 2, "start": make(num_hidden_layers=1)}, ValueError, "is missing, not"),
+        ({"num_layers": 2, "start": make(vocab_size=51)}, ValueError, r"is \(51, 32\), not"),
         ({"num_layers": 2, "linear_layers": [0]}, ValueError, "needs attention='linear'"),
         ({"attention": "linear", "linear_layers": [4]}, ValueError, r"within 0..3; got \[4\]"),
     ],
@@ -319,6 +324,16 @@ def test_any_list_of_layers_the_user_names() -> None:
 def test_bad_arguments_raise(arguments, error, message: str) -> None:
     with pytest.raises(error, match=message):
         Theseus(make(), **arguments)
+
+
+@pytest.mark.parametrize("match", [0.0, 1.0])
+def test_a_model_that_returns_tuples(match: float) -> None:
+    """Also where a draw replaces nothing, and the output gets zeros for the successor."""
+    schedule = ConstantSchedule(0.0)
+    theseus = Theseus(make(return_dict=False), 2, schedule=schedule, match=match).train()
+    given = {**inputs(), "labels": torch.tensor([0, 1, 0])}
+    theseus(**given).loss.backward()
+    assert isinstance(theseus.eval()(**given), tuple)
 
 
 def test_unsupported_models_raise() -> None:

@@ -48,6 +48,16 @@ def test_resuming_in_the_middle_changes_nothing(tmp_path: Path, accumulate: int)
     assert_equal(whole, resumed)
 
 
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
+def test_checkpointing_of_activations_and_smoothed_labels(tmp_path: Path, attention: str) -> None:
+    """Options of the Trainer that look into the model: the first changes no number."""
+    plain, saving = (make_theseus() for _ in range(2))
+    train(plain, tmp_path / "plain", 8, label_smoothing_factor=0.1)
+    train(saving, tmp_path / "saving", 8, label_smoothing_factor=0.1, gradient_checkpointing=True)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(value, saving.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
 def test_two_ranks_draw_the_same_gates_and_train_as_one(tmp_path: Path) -> None:
     """torchrun with gloo: two processes with batches of 4 against one process with batches of 8."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
