@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,9 @@ def measure(
     """Measure each checkpoint at each length; positions are extended where a model has too few.
 
     Returns ``Point`` fields as dicts, in the order of ``models`` and then of ``lengths``.
+
+    Raises:
+        ModelError: a measuring process ran out of memory.
     """
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
@@ -74,9 +78,15 @@ def measure(
     with progress("Measuring", len(models) * len(lengths)) as advance:
         for name, path in models.items():
             for length in lengths:
-                with ProcessPoolExecutor(1, mp_context=context) as process:
-                    arguments = (name, path, length, max(lengths), batch, bf16, threads)
-                    point = process.submit(_measure_point, *arguments).result()
+                arguments = (name, path, length, max(lengths), batch, bf16, threads)
+                try:
+                    with ProcessPoolExecutor(1, mp_context=context) as process:
+                        point = process.submit(_measure_point, *arguments).result()
+                except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError) as error:
+                    raise ModelError(
+                        f"measuring {name} at {length} tokens failed, most likely for want of "
+                        f"memory ({error}): give shorter --lengths; what is trained is kept"
+                    ) from error
                 points.append(asdict(point))
                 advance(1, f"{name} {length}: {point.seconds:.3g} s")
     return points

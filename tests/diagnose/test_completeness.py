@@ -19,7 +19,13 @@ from fastattn.models import attention
 from fastattn.ops import linear_attention
 
 TEXT = "The film was a warm and funny surprise."
-SMOOTH = ["exp", "softmax", "cosine", "efficient"]  # elu and relu have kinks in F, F' or F''
+SMOOTH = [
+    "exp",
+    "softmax",
+    "cosine",
+    "efficient",
+    "hedgehog",
+]  # elu and relu have kinks in F, F' or F''
 ATTENTION = ["softmax attention", "elu", *SMOOTH]
 
 

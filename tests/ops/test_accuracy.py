@@ -127,7 +127,7 @@ def test_16_bit_is_at_most_twice_as_wrong_as_plain_pytorch(
     backend: str, dtype: torch.dtype, feature_map: str, is_causal: bool
 ) -> None:
     case = Case(
-        *(2, 2, 150, 32),
+        *(2, 2, 151, 32),  # odd: the last token has no other to be paired with
         dtype=dtype,
         feature_map=feature_map,
         is_causal=is_causal,
@@ -142,7 +142,7 @@ def test_16_bit_is_at_most_twice_as_wrong_as_plain_pytorch(
 @pytest.mark.parametrize("dim", [3, 60, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_16_bit_head_sizes(backend: str, dtype: torch.dtype, dim: int, is_causal: bool) -> None:
-    assert_no_worse_than_plain(Case(1, 2, 200, dim, dtype=dtype, is_causal=is_causal), backend)
+    assert_no_worse_than_plain(Case(1, 2, 199, dim, dtype=dtype, is_causal=is_causal), backend)
 
 
 def assert_no_worse_than_plain(case: Case, backend: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 import fastattn
 from fastattn.recipes import job as recipe
+from fastattn.recipes import measure as measuring
 from fastattn.recipes.arguments import Arguments
 from fastattn.recipes.data import find_files
 from fastattn.recipes.errors import DataError, ModelError, OutputError
@@ -64,6 +67,31 @@ def test_saved_model_is_linear_and_gives_the_reported_accuracy(finished: Path, d
         said = model.eval()(**inputs).logits.argmax(-1).tolist()
     right = sum(model.config.id2label[i] == row["label"] for i, row in zip(said, rows, strict=True))
     assert right / len(rows) == report_of(finished)["models"]["linear"]["accuracy"]
+
+
+def test_other_lengths_are_measured_without_training_again(
+    finished: Path, arguments: Arguments, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    monkeypatch.setattr(recipe, "fit", None)  # nothing is trained
+    report = linearize(replace(arguments, lengths=(8, 16)), output)
+    assert [point["length"] for point in report["measurements"]] == [8, 16, 8, 16]
+    assert report["models"] == report_of(finished)["models"]
+    with pytest.raises(ModelError, match=r"--lengths may be at most \d+, the square of the"):
+        linearize(replace(arguments, lengths=(8, 10**6)), output)
+
+
+def test_a_measuring_process_that_is_killed_says_so(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed:
+        def __init__(self, *_, **__) -> None:
+            raise BrokenProcessPool("terminated abruptly")
+
+    monkeypatch.setattr(measuring, "ProcessPoolExecutor", Killed)
+    with pytest.raises(ModelError, match="measuring linear at 8 tokens failed.*shorter --lengths"):
+        measuring.measure({"linear": finished}, (8,))
 
 
 def test_teacher_is_a_plain_model(finished: Path) -> None:
