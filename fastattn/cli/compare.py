@@ -21,12 +21,12 @@ def compare(
         int | None,
         typer.Option(
             min=8,
-            help="Tokens that both read of a text [default: what a linear model has positions for; "
-            "at most 512 for a softmax model].",
+            help="Tokens that both read of a text \\[default: what a linear model has positions "
+            "for; at most 512 for a softmax model].",
             rich_help_panel=options.DATA,
         ),
     ] = None,
-    lengths: options.Lengths = options.DEFAULT_LENGTHS,
+    lengths: options.Lengths = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the figures to this file.")
     ] = None,
@@ -38,7 +38,6 @@ def compare(
     threads: options.Threads = None,
 ) -> None:
     """Show two models side by side: scores with intervals, agreement, size, time, memory."""
-    chosen_lengths = options.lengths_of(lengths)
     with exit_codes():
         from fastattn.recipes.compare import compare as run
         from fastattn.recipes.comparison import plot_comparison, print_comparison
@@ -60,7 +59,7 @@ def compare(
             b,
             dev_file,
             max_length=max_length,
-            lengths=chosen_lengths,
+            lengths=options.lengths_of(lengths, a, b),
             bf16=options.has_bf16() if bf16 is None else bf16,
             seed=seed,
         )

@@ -40,7 +40,7 @@ def compress(
         int | None,
         typer.Option(
             min=1,
-            help="Layers of the result, a divisor of the model's [default: as many].",
+            help="Layers of the result, a divisor of the model's \\[default: as many].",
             rich_help_panel=options.MODEL,
         ),
     ] = None,
@@ -58,7 +58,7 @@ def compress(
         Metric | None,
         typer.Option(
             help="Tune the result on this metric of training rows after distillation, by "
-            "MLE-guided parameter search [default: it is not]. f1: of the second of two labels.",
+            "MLE-guided parameter search \\[default: it is not]. f1: of the second of two labels.",
             rich_help_panel=options.TRAINING,
         ),
     ] = None,
@@ -66,7 +66,7 @@ def compress(
         str | None,
         typer.Option(
             help="Layers of the result to make linear, such as 0,2-3, counted from 0; the others "
-            "keep softmax [default: all, with --attention linear].",
+            "keep softmax \\[default: all, with --attention linear].",
             rich_help_panel=options.MODEL,
         ),
     ] = None,
@@ -88,7 +88,7 @@ def compress(
     bf16: options.Bf16 = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
-    lengths: options.Lengths = options.DEFAULT_LENGTHS,
+    lengths: options.Lengths = None,
     restart: options.Restart = False,
 ) -> None:
     """Make a classifier shallower, or linear, or both, by progressive module replacing.
@@ -112,7 +112,6 @@ def compress(
     if fine_tune is False:
         options.refuse_without(context, "--fine-tune", "fine_tune_epochs")
     chosen_layers = options.numbers(linear_layers, "--linear-layers")
-    chosen_lengths = options.lengths_of(lengths)
     with exit_codes(resumes=True):
         from fastattn.recipes.compress import SEARCH_LOG, CompressArguments
         from fastattn.recipes.compress import compress as run
@@ -138,7 +137,7 @@ def compress(
             batch_size=batch_size,
             bf16=options.has_bf16() if bf16 is None else bf16,
             seed=seed,
-            lengths=chosen_lengths,
+            lengths=options.lengths_of(lengths, model),
             **options.chosen_epochs(
                 epochs,
                 fine_tune_epochs=fine_tune_epochs,

@@ -38,7 +38,7 @@ def linearize(
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Layers to make linear, such as 0,1,4-5, counted from 0 [default: all].",
+            help="Layers to make linear, such as 0,1,4-5, counted from 0 \\[default: all].",
             rich_help_panel=options.MODEL,
         ),
     ] = None,
@@ -60,7 +60,7 @@ def linearize(
     bf16: options.Bf16 = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
-    lengths: options.Lengths = options.DEFAULT_LENGTHS,
+    lengths: options.Lengths = None,
     restart: options.Restart = False,
 ) -> None:
     """Turn a softmax encoder into one with linear attention and train it back to its accuracy.
@@ -78,7 +78,6 @@ def linearize(
     if fine_tune is False:
         options.refuse_without(context, "--fine-tune", "fine_tune_epochs")
     chosen_layers = options.numbers(layers, "--layers")
-    chosen_lengths = options.lengths_of(lengths)
     with exit_codes(resumes=True):
         from fastattn.recipes.arguments import Arguments
         from fastattn.recipes.data import find_files
@@ -102,7 +101,7 @@ def linearize(
             batch_size=batch_size,
             bf16=options.has_bf16() if bf16 is None else bf16,
             seed=seed,
-            lengths=chosen_lengths,
+            lengths=options.lengths_of(lengths, model),
             **options.chosen_epochs(
                 epochs,
                 fine_tune_epochs=fine_tune_epochs,

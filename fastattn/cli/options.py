@@ -54,7 +54,7 @@ MaxLength = Annotated[
     int | None,
     typer.Option(
         min=8,
-        help="Tokens that the softmax model reads of a text [default: what it has positions for, "
+        help="Tokens that the softmax model reads of a text \\[default: what it has positions for, "
         "at most 512].",
         rich_help_panel=DATA,
     ),
@@ -63,7 +63,7 @@ ExtendTo = Annotated[
     int | None,
     typer.Option(
         min=8,
-        help="Tokens that the result reads, with its position embeddings extended [default: as "
+        help="Tokens that the result reads, with its position embeddings extended \\[default: as "
         "--max-length].",
         rich_help_panel=MODEL,
     ),
@@ -72,7 +72,7 @@ FineTune = Annotated[
     bool | None,
     typer.Option(
         "--fine-tune/--no-fine-tune",
-        help="Fine-tune the softmax model first [default: if it has no trained head].",
+        help="Fine-tune the softmax model first \\[default: if it has no trained head].",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -98,7 +98,7 @@ BatchSize = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Rows a step [default: 8 to 64, by the length of the texts].",
+        help="Rows a step \\[default: 8 to 64, by the length of the texts].",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -106,20 +106,23 @@ Bf16 = Annotated[
     bool | None,
     typer.Option(
         "--bf16/--no-bf16",
-        help="bfloat16 autocast [default: where the processor has bfloat16 instructions].",
+        help="bfloat16 autocast \\[default: where the processor has bfloat16 instructions].",
         rich_help_panel=TRAINING,
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, rich_help_panel=TRAINING)]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Threads [default: torch's].", rich_help_panel=TRAINING),
+    typer.Option(min=1, help="Threads \\[default: torch's].", rich_help_panel=TRAINING),
 ]
 Lengths = Annotated[
-    str, typer.Option(help="Input lengths to measure time and memory at; '' for none.")
+    str | None,
+    typer.Option(
+        help="Input lengths to measure time and memory at; '' for none \\[default: 128,256,... to "
+        "8192, as far as there can be positions].",
+    ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Start over what is in --output.")]
-DEFAULT_LENGTHS = "128,256,512,1024,2048,4096,8192"
 
 
 def numbers(text: str | None, option: str) -> tuple[int, ...]:
@@ -138,8 +141,16 @@ def numbers(text: str | None, option: str) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-def lengths_of(text: str | None) -> tuple[int, ...]:
-    """The lengths that ``--lengths`` names."""
+def lengths_of(text: str | None, *models: Path) -> tuple[int, ...]:
+    """The lengths that ``--lengths`` names, or those by default for ``models``.
+
+    Raises:
+        ModelError: one of ``models`` has no configuration.
+    """
+    if text is None:
+        from fastattn.recipes.measure import default_lengths
+
+        return default_lengths(*models)
     found = numbers(text, "--lengths")
     if 0 in found:
         raise typer.BadParameter("an input has at least 1 token; got 0", param_hint="--lengths")

@@ -44,6 +44,16 @@ class Point:
     peak_bytes: int | None
 
 
+def default_lengths(*folders: Path) -> tuple[int, ...]:
+    """Those of ``LENGTHS`` that all these models can be given positions for.
+
+    Raises:
+        ModelError: a folder without a configuration.
+    """
+    limits = [position_limit(load_config(folder)) for folder in folders]
+    return tuple(n for n in LENGTHS if all(limit is None or n <= limit**2 for limit in limits))
+
+
 def check_lengths(lengths: Sequence[int], *folders: Path) -> None:
     """Raises ModelError where a model can't be given positions for the longest of ``lengths``."""
     for folder in folders:

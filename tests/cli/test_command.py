@@ -201,6 +201,7 @@ def test_errors_of_options_and_models(
         ({"--epochs": "-1"}, 2, "--epochs"),
         ({"--lengths": "0,64"}, 2, "an input has at least 1 token"),
         ({"--lengths": "16,5000"}, 4, "--lengths may be at most 4096, the square of the 64"),
+        ({"--lengths": "", "--model": "gone"}, 4, "does not exist"),
         ({"--lengths": "5-3"}, 2, "'5-3' has its larger number first"),
         ({"--seed": "-1"}, 2, "--seed"),
         ({"--extend-to": "32"}, 4, "--extend-to must be at least 64"),
@@ -254,6 +255,14 @@ def test_what_commands_need_is_in_their_extras() -> None:
     for extra, modules in NEEDED.items():
         lines = [line for line in text.splitlines() if line.startswith((f"{extra} =", "models ="))]
         assert all(any(f'"{module}>=' in line for line in lines) for module in modules)
+
+
+@pytest.mark.parametrize("command", ["linearize", "compress", "compare"])
+def test_help_says_the_defaults(command: str) -> None:
+    """Square brackets are rich's markup, and vanish if they are not escaped."""
+    shown = " ".join(run(command, "--help").stdout.replace("│", " ").split())
+    for text in ("Threads [default:", "for none [default: 128,256,... to 8192,"):
+        assert text in shown
 
 
 def test_help_names_the_exit_codes() -> None:
