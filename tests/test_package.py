@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from setuptools import find_packages
 
 import fastattn
@@ -42,6 +43,13 @@ def test_import_is_light_and_needs_torch_alone() -> None:
     )
     assert done.returncode == 1
     assert "fastattn.models needs transformers: pip install 'fastattn[models]'" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["models", "theseus", "theseus.mgs", "generation"])
+def test_a_missing_transformers_names_its_extra(name: str) -> None:
+    done = run(f"import sys\nsys.modules['transformers'] = None\nimport fastattn.{name}\n")
+    assert done.returncode == 1
+    assert done.stderr.endswith("needs transformers: pip install 'fastattn[models]'\n")
 
 
 def test_native_library_knows_nothing_of_torch() -> None:

@@ -61,7 +61,9 @@ def load(path: Path | None, size: int | None = None, seed: int = 0) -> Images:
     if size is not None and size < 1:
         raise DataError(f"--size must be at least 1; got {size}")
     if size is not None and (path is None or path.is_file()):
-        raise DataError(f"--size is for a folder of images; {path or 'the digits'} has its own")
+        raise DataError(
+            f"--size is for a folder of images; {path or 'the set of digits'} has its own"
+        )
     if path is None:
         return _digits(seed)
     if path.is_file():

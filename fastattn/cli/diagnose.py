@@ -64,15 +64,12 @@ def diagnose(
 
         from fastattn.diagnose.page import render
         from fastattn.diagnose.report import diagnose as run
-        from fastattn.recipes.errors import OutputError
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         page, numbers_file = output / "diagnose.html", output / "diagnose.json"
-        try:
+        with writing(output):
             output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"can't write to {output}: {error.strerror}") from error
         report = run(
             original,
             patched,

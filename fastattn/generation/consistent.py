@@ -39,7 +39,7 @@ class _Consistent(LogitsProcessor):
         self.eos_token_ids = ids
 
     def kept(self, scores: Tensor) -> Tensor:
-        """Bool (rows, vocabulary): the tokens of the usual rule."""
+        """Bool (rows, vocabulary): the tokens of the usual rule, which each subclass is."""
         raise NotImplementedError
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fastattn.ops import (
     linear_attention,
     linear_attention_step,
 )
-from fastattn.ops.check import LEAST_EPS, MAX_DIM, check_bool, check_number
+from fastattn.ops.check import MAX_DIM, check_bool, check_eps, check_tensor
 
 
 class LinearAttention(nn.Module):
@@ -83,9 +84,7 @@ class LinearAttention(nn.Module):
         _check_sizes(embed_dim, num_heads, num_kv_heads)
         check_bool("is_causal", is_causal)
         check_bool("normalize", normalize)
-        check_number("eps", eps)
-        if not eps >= LEAST_EPS:
-            raise ValueError(f"eps must be at least {LEAST_EPS}; got {eps}")
+        check_eps(eps)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be within 0..1; got {dropout}")
         for name, given in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
@@ -200,7 +199,7 @@ class LinearAttention(nn.Module):
                 "need_weights=True: linear attention never forms the weights; pass False"
             )
         for name, x in (("query", query), ("key", key), ("value", value)):
-            masks.check_tensor(name, x)
+            check_tensor(name, x)
         if query.is_nested or key.is_nested or value.is_nested:
             causal = is_causal or self.is_causal
             return self._nested(query, key, value, key_padding_mask, attn_mask, causal), None
@@ -373,9 +372,13 @@ class LinearAttention(nn.Module):
 
 
 def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int) -> None:
-    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    sizes: dict[str, Any] = {
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+    }
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
+        if isinstance(size, bool) or not isinstance(size, Integral):
             raise TypeError(f"{name} must be an integer; got {size!r}")
     if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
         raise ValueError(

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def check_tensor(name: str, given: Tensor) -> None:
-    if not isinstance(given, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(given).__name__}")
+from fastattn.ops.check import check_tensor
 
 
 def key_mask(padding: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -30,8 +30,7 @@ def check_tensors(query: Any, key: Any, value: Any, enable_gqa: bool) -> None:
         ("key", key, "(B, Hk, M, D)"),
         ("value", value, "(B, Hk, M, Dv)"),
     ):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {_kind(x)}")
+        check_tensor(name, x)
         if x.layout is not torch.strided:
             raise TypeError(
                 f"{name} must be a dense tensor; got layout {x.layout} (for sequences of different "
@@ -85,9 +84,7 @@ def check_options(
             "non-negative features already"
         )
     check_number("scale", scale)
-    check_number("eps", eps)
-    if not eps >= LEAST_EPS:
-        raise ValueError(f"eps must be at least {LEAST_EPS}; got {eps}")
+    check_eps(eps)
     if backend != "auto" and backend not in backends.names():
         raise ValueError(
             f"backend must be 'auto' or one of {', '.join(map(repr, backends.names()))}; "
@@ -205,8 +202,7 @@ def check_state(
         ("S", state[0], S_shape, "(B, Hk, F, Dv)"),
         ("z", state[1], S_shape[:-1], "(B, Hk, F)"),
     ):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}.{part} must be a torch.Tensor; got {_kind(x)}")
+        check_tensor(f"{name}.{part}", x)
         if x.dtype != dtype:
             raise TypeError(
                 f"{name}.{part} must be {dtype} (float64 for float64 inputs, else float32); "
@@ -216,6 +212,17 @@ def check_state(
             raise ValueError(f"{name}.{part} must have shape {letters} = {shape}; got {_shape(x)}")
         if x.device != device:
             raise ValueError(f"{name}.{part} must be on query's device, {device}; got {x.device}")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {_kind(value)}")
+
+
+def check_eps(eps: Any) -> None:
+    check_number("eps", eps)
+    if not eps >= LEAST_EPS:
+        raise ValueError(f"eps must be at least {LEAST_EPS}; got {eps}")
 
 
 def check_bool(name: str, value: Any) -> None:

@@ -167,7 +167,8 @@ class Theseus(nn.Module):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the predecessor's, with a seeded draw before it in training mode."""
+        """As the predecessor's, with a seeded draw before it in training mode, where the output has
+        fields also for ``return_dict=False``."""
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -179,7 +180,8 @@ class Theseus(nn.Module):
         if not self.training or not blocks:
             return self.model(**kwargs)
         self.set_gates(attention_mask)
-        if hasattr(self.model, "config"):
+        config = getattr(self.model, "config", None)
+        if not kwargs.get("return_dict", getattr(config, "return_dict", True)):
             kwargs["return_dict"] = True  # what follows adds to its fields
         output = self.model(**kwargs)
         if self.match:

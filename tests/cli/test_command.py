@@ -15,10 +15,11 @@ import pytest
 pytest.importorskip("typer")
 
 import torch
+import typer
 from typer.testing import CliRunner
 
 from fastattn.cli.app import app
-from fastattn.cli.exits import NEEDED
+from fastattn.cli.exits import NEEDED, exit_codes, writing
 from fastattn.cli.options import numbers
 
 ROOT = Path(__file__).parents[2]
@@ -267,6 +268,15 @@ def test_help_says_the_defaults(command: str) -> None:
 
 def test_help_names_the_exit_codes() -> None:
     assert "5 the output folder" in " ".join(run("linearize", "--help").stdout.split())
+
+
+def test_a_report_that_cannot_be_written_is_the_folders_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as stopped, exit_codes(), writing(tmp_path):
+        tmp_path.write_text("a folder stands there")
+    assert stopped.value.exit_code == 5
+    assert f"can't write {tmp_path}: Is a directory" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_numbers() -> None:

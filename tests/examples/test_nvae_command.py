@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 import struct
@@ -167,6 +168,10 @@ def test_the_command_on_coloured_images(tmp_path: Path, capsys: pytest.CaptureFi
         (["--data", "nowhere"], "error: --data nowhere does not exist"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--temperature", "0"], "--temperature must be positive"),
+        (["--temperature", "inf"], "--temperature must be positive and finite"),
+        (["--spectral", "-1"], "--spectral must be at least 0"),
+        (["--size", "0"], "error: --size must be at least 1; got 0"),
+        (["--size", "16"], "--size is for a folder of images; the set of digits has its own"),
         (["--groups", "2,x"], "'2,x' is no list of positive numbers such as 2,2"),
         (["--groups", "1,1,1,1"], "error: size must be a multiple of 16"),
     ],
@@ -178,3 +183,15 @@ def test_what_the_command_refuses(
         main(arguments)
     assert stopped.value.code not in (0, None)
     assert message in f"{stopped.value.code} {capsys.readouterr().err}"
+
+
+def test_what_the_picture_needs_is_missed_before_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    with pytest.raises(SystemExit, match=r"needs matplotlib: pip install 'fastattn\[examples\]'"):
+        main(["--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

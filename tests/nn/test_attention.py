@@ -192,7 +192,7 @@ def test_what_cannot_be_honoured_raises() -> None:
         with pytest.raises(ValueError, match=message):
             LinearAttention(E, H, **options)
     for arguments, options, message in (
-        ((x, None, x), {}, "key must be a torch.Tensor; got NoneType"),
+        ((x, None, x), {}, "key must be a torch.Tensor; got None"),
         (([x], x, x), {}, "query must be a torch.Tensor; got list"),
         ((x, x, x, [True]), {}, "key_padding_mask must be a torch.Tensor; got list"),
         ((x, x, x), {"attn_mask": [True]}, "attn_mask must be a torch.Tensor; got list"),

@@ -230,6 +230,8 @@ BAD_STEPS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"feature_map": "identity"}, ValueError, "normalize=True needs non-negative features"),
     ({"key_mask": torch.ones(B, 2, dtype=torch.bool)}, ValueError, "(B, M) = (2, 1)"),
     ({"query": torch.randn(B, H, 1, D, requires_grad=True)}, ValueError, "has no gradient"),
+    ({"normalize": 1}, TypeError, "normalize must be True or False; got 1"),
+    ({"enable_gqa": 0}, TypeError, "enable_gqa must be True or False; got 0"),
     ({"scale": None, "eps": 0.0}, ValueError, "eps must be at least 1e-30"),
     ({"backend": "gpu"}, ValueError, "backend must be 'auto' or one of"),
 ]  # fmt: skip

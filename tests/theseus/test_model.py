@@ -273,8 +273,9 @@ def test_phase_two_trains_what_it_is_told(train: tuple[str, ...]) -> None:
         part = "layers" if ".layer." in name else "embeddings" if ".embed" in name else "head"
         assert parameter.requires_grad == (part in train), name
     assert torch.equal(logits(theseus.eval()), logits(theseus.export()))
-    with pytest.raises(ValueError, match="got everything"):
-        theseus.fine_tune(("everything",))
+    for given in (("everything",), "everything"):
+        with pytest.raises(ValueError, match="got everything"):
+            theseus.fine_tune(given)
 
 
 def test_any_list_of_layers_the_user_names() -> None:

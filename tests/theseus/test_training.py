@@ -51,7 +51,7 @@ def test_resuming_in_the_middle_changes_nothing(tmp_path: Path, accumulate: int)
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
 def test_checkpointing_of_activations_and_smoothed_labels(tmp_path: Path, attention: str) -> None:
     """Options of the Trainer that look into the model: the first changes no number."""
-    plain, saving = (make_theseus() for _ in range(2))
+    plain, saving = (make_theseus(attention=attention) for _ in range(2))
     train(plain, tmp_path / "plain", 8, label_smoothing_factor=0.1)
     train(saving, tmp_path / "saving", 8, label_smoothing_factor=0.1, gradient_checkpointing=True)
     for name, value in plain.state_dict().items():
