@@ -96,28 +96,50 @@ class Call {
   // The softmax over tokens of `efficient` already is a normaliser.
   bool divides() const { return p_.normalize && p_.feature_map != FeatureMap::efficient; }
 
-  // ---- tiles ------------------------------------------------------------------------------------
+  // ---- tiles: used where they lie if they can be, else copied ------------------------------------
 
-  void read_keys(const Sequence& s, int64_t h, int64_t t, int64_t rows, MaskRow mask,
-                 Real* tile) const {
-    read_tile(a_.key, s.batch, h, s.key_begin + t, rows, p_.dtype, p_.head_dim, mask, tile,
-              n_.feature_width);
+  // What phi is taken of: read once, so rows may lie apart.
+  Rows<const Real> keys(const Sequence& s, int64_t h, int64_t t, int64_t rows, MaskRow mask,
+                        Real* tile) const {
+    return features(a_.key, s.batch, h, s.key_begin + t, rows, mask, tile);
   }
 
-  void read_values(const Sequence& s, int64_t h, int64_t t, int64_t rows, MaskRow mask,
-                   Real* tile) const {
+  Rows<const Real> queries(const Sequence& s, int64_t q, int64_t t, int64_t rows,
+                           Real* tile) const {
+    return features(a_.query, s.batch, q, s.query_begin + t, rows, {}, tile);
+  }
+
+  // With rows of value_width numbers.
+  const Real* values(const Sequence& s, int64_t h, int64_t t, int64_t rows, MaskRow mask,
+                     Real* tile) const {
+    if (!mask.data && is_like_tile<Real>(a_.value, p_.dtype, n_.values))
+      return row_of<Real>(a_.value, s.batch, h, s.key_begin + t);
     read_tile(a_.value, s.batch, h, s.key_begin + t, rows, p_.dtype, n_.values, mask, tile,
               n_.value_width);
+    return tile;
   }
 
-  void read_queries(const Sequence& s, int64_t q, int64_t t, int64_t rows, Real* tile) const {
-    read_tile(a_.query, s.batch, q, s.query_begin + t, rows, p_.dtype, p_.head_dim, {}, tile,
-              n_.feature_width);
+  // tile = grad_out, each row multiplied by its factor where the outputs were divided.
+  void read_gradients(const Sequence& s, int64_t q, int64_t t, int64_t rows, const Real* factors,
+                      Real* tile) const {
+    const int64_t token = s.query_begin + t;
+    if (divides() && has_whole_vectors<Real>(a_.grad_out, p_.dtype, n_.values))
+      return scale_rows<Real>({row_of<Real>(a_.grad_out, s.batch, q, token), a_.grad_out.token},
+                              factors, rows, n_.value_width, tile);
+    read_tile(a_.grad_out, s.batch, q, token, rows, p_.dtype, n_.values, {}, tile, n_.value_width);
+    if (divides()) scale_rows<Real>({tile, n_.value_width}, factors, rows, n_.value_width, tile);
   }
 
-  void read_gradients(const Sequence& s, int64_t q, int64_t t, int64_t rows, Real* tile) const {
-    read_tile(a_.grad_out, s.batch, q, s.query_begin + t, rows, p_.dtype, n_.values, {}, tile,
-              n_.value_width);
+  // Where outputs that are written more than once are formed; `finish_out` copies those in the tile.
+  Rows<Real> place_for_out(const Sequence& s, int64_t q, int64_t t, Real* tile) const {
+    if (has_whole_vectors<Real>(a_.out, p_.dtype, n_.values))
+      return {row_of<Real>(a_.out, s.batch, q, s.query_begin + t), a_.out.token};
+    return {tile, n_.value_width};
+  }
+
+  void finish_out(const Sequence& s, int64_t q, int64_t t, int64_t rows, Rows<Real> out,
+                  const Real* tile) const {
+    if (out.data == tile) write_out(s, q, t, rows, tile);
   }
 
   void write_out(const Sequence& s, int64_t q, int64_t t, int64_t rows, const Real* tile) const {
@@ -198,6 +220,16 @@ class Call {
   std::vector<Sequence> sequences_;
 
  private:
+  Rows<const Real> features(const Strided& tensor, int64_t batch, int64_t head, int64_t token,
+                            int64_t rows, MaskRow mask, Real* tile) const {
+    if (!mask.data && n_.feature_width == p_.head_dim &&
+        has_whole_vectors<Real>(tensor, p_.dtype, p_.head_dim))
+      return {row_of<Real>(tensor, batch, head, token), tensor.token};
+    read_tile(tensor, batch, head, token, rows, p_.dtype, p_.head_dim, mask, tile,
+              n_.feature_width);
+    return {tile, n_.feature_width};
+  }
+
   template <class Body>
   void for_segments(Segments Sequence::*kind, const Body& body) const {
     const int64_t most = most_segments();

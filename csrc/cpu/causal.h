@@ -65,9 +65,9 @@ class Causal : private Call<Real> {
       const ForwardTile tile(n_, scratch);
       n_.clear(state(s, h, i));
       for_chunks(s, i, [&](int64_t t, int64_t rows) {
-        load_keys(s, h, t, rows, tile);
+        const Element* values = load_keys(s, h, t, rows, tile);
         auto ahead = Base::template keys_ahead<false>(s, h, t + kChunk);
-        accumulate(rows, state(s, h, i), tile, ahead);
+        accumulate(rows, values, state(s, h, i), tile, ahead);
       });
     });
     for_heads([&](const Sequence& s, int64_t h) {
@@ -182,35 +182,38 @@ class Causal : private Call<Real> {
     save(s, h, i, start);
     n_.clear(local);
     for_chunks(s, i, [&](int64_t t, int64_t rows) {
-      load_keys(s, h, t, rows, tile);
-      const KeyOperands operands = prepare(rows, start, local, tile);
+      const Element* values = load_keys(s, h, t, rows, tile);
+      const KeyOperands operands = prepare(rows, values, start, local, tile);
       Base::for_query_heads(h, [&](int64_t q) {
-        Base::read_queries(s, q, t, rows, tile.phi_q);
+        phi_.of_queries(rows, Base::queries(s, q, t, rows, tile.phi_q), tile.phi_q,
+                        tile.inverse_norm);
+        const Rows<Real> out = Base::place_for_out(s, q, t, tile.out);
         auto ahead = Base::template queries_ahead<true>(s, q, t + kChunk);
-        emit(rows, operands, tile, ahead);
-        Base::write_out(s, q, t, rows, tile.out);
+        emit(rows, operands, tile, out, ahead);
+        Base::finish_out(s, q, t, rows, out, tile.out);
       });
       auto ahead = Base::template keys_ahead<false>(s, h, t + kChunk);
-      accumulate(rows, local, tile, ahead);
+      accumulate(rows, values, local, tile, ahead);
     });
   }
 
-  void load_keys(const Sequence& s, int64_t h, int64_t t, int64_t rows,
-                 const ForwardTile& tile) const {
+  // phi(k) into the tile; returns the values as an operand.
+  const Element* load_keys(const Sequence& s, int64_t h, int64_t t, int64_t rows,
+                           const ForwardTile& tile) const {
     const MaskRow mask = mask_at(s.batch, s.key_begin + t);
-    Base::read_keys(s, h, t, rows, mask, tile.phi_k);
-    Base::read_values(s, h, t, rows, mask, tile.value);
-    phi_.of_keys(rows, mask, {}, tile.phi_k, tile.inverse_norm);
-    Pack::pair_rows(tile.value, rows, n_.value_width, n_.value_width, tile.value_tokens);
+    phi_.of_keys(rows, mask, {}, Base::keys(s, h, t, rows, mask, tile.phi_k), tile.phi_k,
+                 tile.inverse_norm);
+    return Pack::pair_rows(Base::values(s, h, t, rows, mask, tile.value), rows, n_.value_width,
+                           n_.value_width, tile.value_tokens);
   }
 
   // local += phi(k)^T v of the chunk.
-  void accumulate(int64_t rows, LocalState<Real> local, const ForwardTile& tile,
-                  Lookahead& ahead) const {
+  void accumulate(int64_t rows, const Element* values, LocalState<Real> local,
+                  const ForwardTile& tile, Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     const Element* A = Pack::pair_rows(tile.phi_k, rows, fw, fw, tile.phi_k_tokens);
-    matmul<Arith, true>(n_.features, vw, Pack::elements(rows), A, 1, fw,
-                        Pack::either(tile.value, tile.value_tokens), vw, local.S, vw, ahead);
+    matmul<Arith, true>(n_.features, vw, Pack::elements(rows), A, 1, fw, values, vw, local.S, vw,
+                        ahead);
     add_rows(local.z, tile.phi_k, rows, fw);
   }
 
@@ -219,62 +222,55 @@ class Causal : private Call<Real> {
     const Element *state, *keys, *values;
   };
 
-  KeyOperands prepare(int64_t rows, LocalState<Real> start, LocalState<Real> local,
-                      const ForwardTile& tile) const {
+  KeyOperands prepare(int64_t rows, const Element* values, LocalState<Real> start,
+                      LocalState<Real> local, const ForwardTile& tile) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     sum_of(tile.state.S, start.S, local.S, n_.state_elements());
     sum_of(tile.state.z, start.z, local.z, fw);
     return {Pack::pair_rows(tile.state.S, n_.features, vw, vw, tile.state_features),
             Pack::pair_columns_transposed(tile.phi_k, rows, n_.features, fw, tile.phi_k_transposed,
                                           tile.phi_k_features, kChunk),
-            Pack::either(tile.value, tile.value_tokens)};
+            values};
   }
 
-  // Outputs of the chunk for one query head.
-  void emit(int64_t rows, const KeyOperands& operands, const ForwardTile& tile,
+  // Outputs of the chunk for one query head, whose phi(q) is in the tile.
+  void emit(int64_t rows, const KeyOperands& operands, const ForwardTile& tile, Rows<Real> out,
             Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
-    Real *phi_q = tile.phi_q, *out = tile.out;
-    phi_.of_queries(rows, phi_q, tile.inverse_norm);
+    const Real* phi_q = tile.phi_q;
     const Element* A_query = Pack::pair_columns(phi_q, rows, fw, tile.phi_q_features);
     matmul_to_lower<Arith>(rows, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
                            operands.keys, kChunk, tile.scores, kChunk);
     keep_lower(tile.scores, rows);
     const Element* A_scores = Pack::pair_columns(tile.scores, rows, kChunk, tile.scores_tokens);
-    matmul<Arith, false>(rows, vw, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
-                         operands.state, vw, out, vw, ahead);
-    matmul_from_lower<Arith>(rows, vw, A_scores, Pack::elements(kChunk), operands.values, vw, out,
-                             vw, Pack::per_element);
+    Real inverse[kChunk];
     if (divides()) {
-      Real inverse[kChunk];
       dots(phi_q, tile.state.z, 0, rows, fw, inverse);
       add_sums_of_lower(tile.scores, rows, inverse);
       invert_denominators(inverse, rows, p_.eps);
-      for (int64_t r = 0; r < rows; ++r) scale_row(out + r * vw, inverse[r], vw);
     }
+    matmul<Arith, false>(rows, vw, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
+                         operands.state, vw, out.data, out.stride, ahead);
+    matmul_from_lower<Arith>(rows, vw, A_scores, Pack::elements(kChunk), operands.values, vw,
+                             out.data, out.stride, Pack::per_element,
+                             divides() ? inverse : nullptr);
   }
 
   // ---- backward ---------------------------------------------------------------------------------
 
-  void load_keys(const Sequence& s, int64_t h, int64_t t, int64_t rows,
-                 const BackwardTile& tile) const {
+  // phi(k) into the tile; returns the values.
+  const Real* load_keys(const Sequence& s, int64_t h, int64_t t, int64_t rows,
+                        const BackwardTile& tile) const {
     const MaskRow mask = mask_at(s.batch, s.key_begin + t);
-    Base::read_keys(s, h, t, rows, mask, tile.phi_k);
-    Base::read_values(s, h, t, rows, mask, tile.value);
-    phi_.of_keys(rows, mask, {}, tile.phi_k, tile.inverse_norm_k);
+    phi_.of_keys(rows, mask, {}, Base::keys(s, h, t, rows, mask, tile.phi_k), tile.phi_k,
+                 tile.inverse_norm_k);
+    return Base::values(s, h, t, rows, mask, tile.value);
   }
 
   void load_queries(const Sequence& s, int64_t q, int64_t t, int64_t rows,
                     const BackwardTile& tile) const {
-    Base::read_queries(s, q, t, rows, tile.phi_q);
-    Base::read_gradients(s, q, t, rows, tile.g);
-    phi_.of_queries(rows, tile.phi_q, tile.inverse_norm_q);
-  }
-
-  // g = do / den, in place, given 1 / den of each row.
-  void divide_gradient(int64_t rows, const Real* inverse, Real* g) const {
-    if (divides())
-      for (int64_t r = 0; r < rows; ++r) scale_row(g + r * n_.value_width, inverse[r], n_.value_width);
+    phi_.of_queries(rows, Base::queries(s, q, t, rows, tile.phi_q), tile.phi_q,
+                    tile.inverse_norm_q);
   }
 
   // Writes dq of a segment, and its row factors.
@@ -285,36 +281,35 @@ class Causal : private Call<Real> {
     transpose<Real>(n_.features, n_.values, tile.start.S, vw, tile.start_transposed, fw);
     zero(tile.local_transposed, n_.values * fw);
     for_chunks(s, segment, [&](int64_t t, int64_t rows) {
-      load_keys(s, h, t, rows, tile);
+      const Real* value = load_keys(s, h, t, rows, tile);
       running_sums<true>(tile.start.z, tile.phi_k, rows, fw, tile.z);
-      transpose<Real>(rows, n_.values, tile.value, vw, tile.value_transposed, kChunk);
+      transpose<Real>(rows, n_.values, value, vw, tile.value_transposed, kChunk);
       sum_of(tile.state_transposed, tile.start_transposed, tile.local_transposed, n_.values * fw);
       Base::for_query_heads(h, [&](int64_t q) {
         const int64_t in_group = q - h * n_.group;
         load_queries(s, q, t, rows, tile);
         auto ahead = Base::template queries_ahead<true>(s, q, t + kChunk);
-        query_gradient(rows, factors.inverse(in_group, t), factors.delta(in_group, t), tile, ahead);
+        Denominators<Real> den;
+        if (divides()) {
+          dots(tile.phi_q, tile.z, fw, rows, fw, den.inverse);
+          den.of_gradient(rows, p_.eps);
+          copy(factors.inverse(in_group, t), den.inverse, rows);
+        }
+        Base::read_gradients(s, q, t, rows, den.inverse, tile.g);
+        query_gradient(rows, den, factors.delta(in_group, t), tile, ahead);
         Base::write_query_gradients(s, q, t, rows, tile.dphi_q);
       });
       auto ahead = Base::template keys_ahead<false>(s, h, t + kChunk);
-      matmul<Exact, true>(n_.values, fw, rows, tile.value, 1, vw, tile.phi_k, fw,
+      matmul<Exact, true>(n_.values, fw, rows, value, 1, vw, tile.phi_k, fw,
                           tile.local_transposed, fw, ahead);
     });
   }
 
-  // dq of one chunk: through the state before it, then through its own keys. Sets the chunk's row
-  // factors.
-  void query_gradient(int64_t rows, Real* inverse, Real* delta, const BackwardTile& tile,
-                      Lookahead& ahead) const {
+  // dq of one chunk: through the state before it, then through its own keys. Sets delta of its rows.
+  void query_gradient(int64_t rows, const Denominators<Real>& den, Real* delta,
+                      const BackwardTile& tile, Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     Real *phi_q = tile.phi_q, *g = tile.g, *dphi_q = tile.dphi_q;
-    Denominators<Real> den;
-    if (divides()) {
-      dots(phi_q, tile.z, fw, rows, fw, den.inverse);
-      den.of_gradient(rows, p_.eps);
-      copy(inverse, den.inverse, rows);
-    }
-    divide_gradient(rows, inverse, g);
     matmul<Exact, false>(rows, fw, n_.values, g, vw, 1, tile.state_transposed, fw, dphi_q, fw,
                          ahead);
     matmul_to_lower<Exact>(rows, n_.values, g, vw, 1, tile.value_transposed, kChunk, tile.scores,
@@ -343,17 +338,17 @@ class Causal : private Call<Real> {
     for (int64_t t = begin + (end - begin - 1) / kChunk * kChunk; t >= begin; t -= kChunk) {
       const int64_t rows = std::min(kChunk, end - t);
       if constexpr (Writes) {
-        load_keys(s, h, t, rows, tile);
-        transpose<Real>(rows, n_.values, tile.value, vw, tile.value_transposed, kChunk);
+        const Real* value = load_keys(s, h, t, rows, tile);
+        transpose<Real>(rows, n_.values, value, vw, tile.value_transposed, kChunk);
         transpose<Real>(rows, n_.features, tile.phi_k, fw, tile.phi_k_transposed, kChunk);
         auto ahead = Base::template keys_ahead<true>(s, h, t - kChunk);
-        key_gradient_of_later_chunks(rows, after, local, tile, ahead);
+        key_gradient_of_later_chunks(rows, value, after, local, tile, ahead);
       }
       Base::for_query_heads(h, [&](int64_t q) {
         const int64_t in_group = q - h * n_.group;
         const Real* delta = factors.delta(in_group, t);
         load_queries(s, q, t, rows, tile);
-        divide_gradient(rows, factors.inverse(in_group, t), tile.g);
+        Base::read_gradients(s, q, t, rows, factors.inverse(in_group, t), tile.g);
         if constexpr (Writes) key_gradient_of_this_chunk(rows, delta, tile);
         auto ahead = Base::template queries_ahead<false>(s, q, t - kChunk);
         matmul<Exact, true>(n_.features, vw, rows, tile.phi_q, 1, fw, tile.g, vw, local.S, vw,
@@ -369,13 +364,14 @@ class Causal : private Call<Real> {
   }
 
   // dphi(k) and dv from the queries of all later chunks: through dS and dz.
-  void key_gradient_of_later_chunks(int64_t rows, LocalState<Real> after, LocalState<Real> local,
-                                    const BackwardTile& tile, Lookahead& ahead) const {
+  void key_gradient_of_later_chunks(int64_t rows, const Real* value, LocalState<Real> after,
+                                    LocalState<Real> local, const BackwardTile& tile,
+                                    Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     sum_of(tile.state.S, after.S, local.S, n_.state_elements());
     sum_of(tile.state.z, after.z, local.z, fw);
     transpose<Real>(n_.features, n_.values, tile.state.S, vw, tile.state_transposed, fw);
-    matmul<Exact, false>(rows, fw, n_.values, tile.value, vw, 1, tile.state_transposed, fw,
+    matmul<Exact, false>(rows, fw, n_.values, value, vw, 1, tile.state_transposed, fw,
                          tile.dphi_k, fw, ahead);
     for (int64_t r = 0; r < rows; ++r) add(tile.dphi_k + r * fw, tile.state.z, fw);
     matmul<Exact, false>(rows, vw, n_.features, tile.phi_k, fw, 1, tile.state.S, vw, tile.dvalue,

@@ -1,8 +1,9 @@
 // phi on tiles of tokens, and the chain rule back through it.
 //
 // A tile of features has rows of F numbers padded with zeros. A masked key is a row of zeros: that
-// is all a kernel needs to know of masks. phi is applied once, on load; the backward uses phi(x)
-// itself (and, for cosine, 1/|x|) to form the derivative.
+// is all a kernel needs to know of masks. phi is applied once, on the way from the source (which may
+// be the tile itself) to the tile; the backward uses phi(x) itself (and, for cosine, 1/|x|) to form
+// the derivative.
 #pragma once
 
 #include <cmath>
@@ -36,31 +37,35 @@ class Features {
         scale_(static_cast<Real>(problem.scale)),
         normalize_(problem.normalize) {}
 
-  // In place: tile[r] = phi(scale tile[r]); inverse_norm[r] = 1 / |scale q[r]| for cosine.
-  void of_queries(int64_t rows, Real* tile, Real* inverse_norm) const {
-    if (scale_ != Real{1}) scale_row(tile, scale_, rows * width_);
+  // tile[r] = phi(scale source[r]); inverse_norm[r] = 1 / |scale q[r]| for cosine.
+  void of_queries(int64_t rows, Rows<const Real> source, Real* tile, Real* inverse_norm) const {
+    if (scale_ != Real{1}) {
+      map(rows, source, tile, [=](V x) { return x * scale_; });
+      source = {tile, width_};
+    }
     if (map_ == FeatureMap::efficient)
-      for_rows(rows, tile, [&](int64_t, Real* row) { softmax_row(row); });
+      for_rows(rows, tile, [&](int64_t r, Real* row) { softmax_row(source[r], row); });
     else if (map_ == FeatureMap::exp && normalize_)
-      for_rows(rows, tile, [&](int64_t, Real* row) { exp_row(row, largest(row)); });
+      for_rows(rows, tile,
+               [&](int64_t r, Real* row) { exp_row(source[r], largest(source[r]), row); });
     else
-      apply(rows, tile, inverse_norm);
+      apply(rows, source, tile, inverse_norm);
   }
 
-  // In place: tile[r] = phi(tile[r]), or 0 where masked.
-  void of_keys(int64_t rows, MaskRow mask, const ColumnStatistics<Real>& columns, Real* tile,
-               Real* inverse_norm) const {
+  // tile[r] = phi(source[r]), or 0 where masked.
+  void of_keys(int64_t rows, MaskRow mask, const ColumnStatistics<Real>& columns,
+               Rows<const Real> source, Real* tile, Real* inverse_norm) const {
     if (map_ == FeatureMap::efficient)
-      for_rows(rows, tile, [&](int64_t, Real* row) {
+      for_rows(rows, tile, [&](int64_t r, Real* row) {
         for (int64_t i = 0; i < width_; i += L) {
-          V x = exp(load(row + i) - load(columns.maximum + i));
+          V x = exp(load(source[r] + i) - load(columns.maximum + i));
           if (columns.inverse_sum) x *= load(columns.inverse_sum + i);
           store(row + i, x);
         }
         clear_padding(row);
       });
     else
-      apply(rows, tile, inverse_norm);
+      apply(rows, source, tile, inverse_norm);
     if (!mask.data) return;
     for_rows(rows, tile, [&](int64_t r, Real* row) {
       if (mask.keeps(r)) return;
@@ -70,10 +75,10 @@ class Features {
   }
 
   // maximum[i] = max over unmasked rows: exact, so its order does not matter.
-  void raise_to_maximum(int64_t rows, MaskRow mask, const Real* tile, Real* maximum) const {
+  void raise_to_maximum(int64_t rows, MaskRow mask, Rows<const Real> source, Real* maximum) const {
     for (int64_t r = 0; r < rows; ++r) {
       if (!mask.keeps(r)) continue;
-      const Real* row = tile + r * width_;
+      const Real* row = source[r];
       for (int64_t i = 0; i < width_; i += L)
         store(maximum + i, fastattn::FASTATTN_ISA::maximum<Real>(load(maximum + i), load(row + i)));
     }
@@ -109,26 +114,28 @@ class Features {
   }
 
  private:
-  // Maps that treat queries and keys alike. Elementwise ones take the tile as one long row.
-  void apply(int64_t rows, Real* tile, Real* inverse_norm) const {
+  // Maps that treat queries and keys alike.
+  void apply(int64_t rows, Rows<const Real> source, Real* tile, Real* inverse_norm) const {
     const V nil{};
     switch (map_) {
       case FeatureMap::elu:
-        each(rows * width_, tile, tile, [=](V x, V) {
+        map(rows, source, tile, [=](V x) {
           return phi_elu(exp(minimum<Real>(nil, x)), maximum<Real>(x, nil));
         });
         return clear_padding(rows, tile);
       case FeatureMap::relu:
-        return each(rows * width_, tile, tile, [=](V x, V) { return phi_relu(x, nil); });
+        return map(rows, source, tile, [=](V x) { return phi_relu(x, nil); });
       case FeatureMap::exp:
-        clamped_exp(rows * width_, tile);
+        map(rows, source, tile, clamped_exp);
         return clear_padding(rows, tile);
       case FeatureMap::softmax:
-        return for_rows(rows, tile, [&](int64_t, Real* row) { softmax_row(row); });
+        return for_rows(rows, tile, [&](int64_t r, Real* row) { softmax_row(source[r], row); });
       case FeatureMap::cosine:
-        return for_rows(rows, tile, [&](int64_t r, Real* row) { cosine_row(row, inverse_norm + r); });
+        return for_rows(rows, tile, [&](int64_t r, Real* row) {
+          cosine_row(source[r], row, inverse_norm + r);
+        });
       default:  // identity
-        return;
+        if (source.data != tile) map(rows, source, tile, [](V x) { return x; });
     }
   }
 
@@ -161,6 +168,15 @@ class Features {
     for (int64_t r = 0; r < rows; ++r) body(r, tile + r * width_);
   }
 
+  // tile = f(source), rows side by side as one long row.
+  template <class Function>
+  void map(int64_t rows, Rows<const Real> source, Real* tile, Function f) const {
+    const bool one = source.stride == width_;
+    const int64_t count = one ? 1 : rows, n = one ? rows * width_ : width_;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t i = 0; i < n; i += L) store(tile + r * width_ + i, f(load(source[r] + i)));
+  }
+
   // g = f(phi, g) for n numbers
   template <class Function>
   static void each(int64_t n, const Real* phi, Real* g, Function f) {
@@ -190,25 +206,21 @@ class Features {
     return largest(row, [](V x) { return x; });
   }
 
-  void exp_row(Real* row, Real shift) const {
-    for (int64_t i = 0; i < width_; i += L) store(row + i, exp(load(row + i) - shift));
+  void exp_row(const Real* x, Real shift, Real* row) const {
+    for (int64_t i = 0; i < width_; i += L) store(row + i, exp(load(x + i) - shift));
     clear_padding(row);
   }
 
-  static void clamped_exp(int64_t n, Real* row) {
-    const V clamp = splat(static_cast<Real>(kExpClamp));
+  static FASTATTN_INLINE V clamped_exp(V x) {
     const V top = splat(static_cast<Real>(kExpOfClamp));
-    for (int64_t i = 0; i < n; i += L) {
-      const V x = load(row + i);
-      store(row + i, x > clamp ? top : minimum<Real>(below(top), exp(x)));
-    }
+    return x > splat(static_cast<Real>(kExpClamp)) ? top : minimum<Real>(below(top), exp(x));
   }
 
   // The largest number under `top`, so that phi == top says "clamped" and nothing else does.
   static V below(V top) { return top * (Real{1} - std::numeric_limits<Real>::epsilon()); }
 
-  void softmax_row(Real* row) const {
-    exp_row(row, largest(row));
+  void softmax_row(const Real* x, Real* row) const {
+    exp_row(x, largest(x), row);
     V sum{};
     for (int64_t i = 0; i < width_; i += L) sum += load(row + i);
     scale_row(row, Real{1} / sum_lanes<Real>(sum), width_);
@@ -221,17 +233,17 @@ class Features {
 
   // Features [1, x / |x|]; a zero vector has no direction: [1, 0, ...], gradient 0. The row is
   // divided by its largest magnitude first, so that squares neither overflow nor vanish.
-  void cosine_row(Real* row, Real* inverse_norm) const {
-    const Real top = largest(row, [](V x) { return maximum<Real>(x, -x); });
+  void cosine_row(const Real* x, Real* row, Real* inverse_norm) const {
+    const Real top = largest(x, [](V v) { return maximum<Real>(v, -v); });
     Real inverse = 0;
     if (top > static_cast<Real>(1e-12) / 32) {  // else the norm of up to 256 numbers is below 1e-12
       const Real scale = Real{1} / top;
       V sum{};
-      for (int64_t i = 0; i < width_; i += L) sum += (load(row + i) * scale) * (load(row + i) * scale);
+      for (int64_t i = 0; i < width_; i += L) sum += (load(x + i) * scale) * (load(x + i) * scale);
       const Real norm = top * std::sqrt(sum_lanes<Real>(sum));
       inverse = norm > static_cast<Real>(1e-12) ? Real{1} / norm : Real{0};
     }
-    for (int64_t i = head_dim_; i > 0; --i) row[i] = row[i - 1] * inverse;
+    for (int64_t i = head_dim_; i > 0; --i) row[i] = x[i - 1] * inverse;  // x may be the row
     row[0] = 1;
     *inverse_norm = inverse;
   }

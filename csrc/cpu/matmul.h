@@ -49,10 +49,29 @@ struct Nothing {
   FASTATTN_INLINE void operator()() const {}
 };
 
-template <class Arith, int Rows, int Vectors, bool Accumulate>
+// What a product does to row i of its result before writing it: nothing, or multiply it by a number.
+struct AsItIs {
+  template <class Value>
+  FASTATTN_INLINE Value operator()(int64_t, Value sum) const {
+    return sum;
+  }
+};
+
+template <class Real>
+struct Scaled {
+  const Real* factors;
+
+  FASTATTN_INLINE Vector<Real> operator()(int64_t i, Vector<Real> sum) const {
+    return sum * factors[i];
+  }
+};
+
+// `finish` is given rows from first_row on.
+template <class Arith, int Rows, int Vectors, bool Accumulate, class Finish>
 FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, int64_t row_stride,
                                   int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
-                                  typename Arith::Accumulator* C, int64_t ldc) {
+                                  typename Arith::Accumulator* C, int64_t ldc, const Finish& finish,
+                                  int64_t first_row) {
   using Real = typename Arith::Accumulator;
   constexpr int L = kLanes<Real>;
   Vector<Real> sum[Rows][Vectors];
@@ -76,27 +95,31 @@ FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, i
   }
   unroll<Rows>([&](auto i) FASTATTN_INLINE_LAMBDA {
     Real* row = C + i * ldc;
-    unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA { store(row + j * L, sum[i][j]); });
+    unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA {
+      store(row + j * L, finish(first_row + i, sum[i][j]));
+    });
   });
 }
 
 // One panel of `Vectors` columns; the last rows take a smaller block.
-template <class Arith, int Vectors, bool Accumulate, class Between>
+template <class Arith, int Vectors, bool Accumulate, class Between, class Finish>
 void matmul_panel(int64_t M, int64_t K, const typename Arith::Element* A, int64_t row_stride,
                   int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
-                  typename Arith::Accumulator* C, int64_t ldc, Between& between) {
+                  typename Arith::Accumulator* C, int64_t ldc, Between& between,
+                  const Finish& finish) {
   int64_t i = 0;
   for (; i + kBlockRows <= M; i += kBlockRows) {
     between();
-    matmul_block<Arith, kBlockRows, Vectors, Accumulate>(K, A + i * row_stride, row_stride,
-                                                         k_stride, B, ldb, C + i * ldc, ldc);
+    matmul_block<Arith, kBlockRows, Vectors, Accumulate>(
+        K, A + i * row_stride, row_stride, k_stride, B, ldb, C + i * ldc, ldc, finish, i);
   }
   A += i * row_stride;
   C += i * ldc;
   switch (M - i) {
-#define FASTATTN_ROWS(n)                                                                         \
-  case n:                                                                                        \
-    matmul_block<Arith, n, Vectors, Accumulate>(K, A, row_stride, k_stride, B, ldb, C, ldc); \
+#define FASTATTN_ROWS(n)                                                                  \
+  case n:                                                                                 \
+    matmul_block<Arith, n, Vectors, Accumulate>(K, A, row_stride, k_stride, B, ldb, C, ldc, \
+                                                finish, i);                               \
     break;
     FASTATTN_ROWS(1)
     FASTATTN_ROWS(2)
@@ -107,27 +130,28 @@ void matmul_panel(int64_t M, int64_t K, const typename Arith::Element* A, int64_
   }
 }
 
-// C (M, N) = A B, or += with Accumulate. N is a multiple of the vector length.
-// A[i, k] is A[i * row_stride + k * k_stride].
-template <class Arith, bool Accumulate, class Between = Nothing>
+// C (M, N) = A B, or += with Accumulate; `finish` has the last word. N is a multiple of the vector
+// length. A[i, k] is A[i * row_stride + k * k_stride].
+template <class Arith, bool Accumulate, class Between = Nothing, class Finish = AsItIs>
 void matmul(int64_t M, int64_t N, int64_t K, const typename Arith::Element* A, int64_t row_stride,
             int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
-            typename Arith::Accumulator* C, int64_t ldc, Between&& between = {}) {
+            typename Arith::Accumulator* C, int64_t ldc, Between&& between = {},
+            const Finish& finish = {}) {
   constexpr int L = kLanes<typename Arith::Accumulator>;
+  const auto panel = [&](int64_t j, auto vectors) FASTATTN_INLINE_LAMBDA {
+    matmul_panel<Arith, vectors, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j, ldc,
+                                             between, finish);
+  };
   int64_t j = 0;
   for (; j + kBlockVectors * L <= N; j += kBlockVectors * L)
-    matmul_panel<Arith, kBlockVectors, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j,
-                                                   ldc, between);
+    panel(j, std::integral_constant<int, kBlockVectors>{});
   if constexpr (kBlockVectors > 2) {
     if (j + 2 * L <= N) {
-      matmul_panel<Arith, 2, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j, ldc,
-                                         between);
+      panel(j, std::integral_constant<int, 2>{});
       j += 2 * L;
     }
   }
-  if (j + L <= N)
-    matmul_panel<Arith, 1, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j, ldc,
-                                       between);
+  if (j + L <= N) panel(j, std::integral_constant<int, 1>{});
 }
 
 // The causal products only touch the lower triangle of a chunk's (row, column) matrix, to the
@@ -150,15 +174,22 @@ void matmul_to_lower(int64_t rows, int64_t K, const typename Arith::Element* A, 
 }
 
 // C[i] += sum_{k <= i} A[i, k] B[k]; A is zero above its diagonal. `per` is the number of tokens in
-// one element of k (2 for pairs).
+// one element of k (2 for pairs). With `factors`, C[i] is multiplied by factors[i] at last.
 template <class Arith>
 void matmul_from_lower(int64_t rows, int64_t N, const typename Arith::Element* A,
                        int64_t row_stride, const typename Arith::Element* B, int64_t ldb,
-                       typename Arith::Accumulator* C, int64_t ldc, int64_t per = 1) {
+                       typename Arith::Accumulator* C, int64_t ldc, int64_t per = 1,
+                       const typename Arith::Accumulator* factors = nullptr) {
   for (int64_t i = 0; i < rows; i += kBlockRows) {
     const int64_t count = rows - i < kBlockRows ? rows - i : kBlockRows;
-    matmul<Arith, true>(count, N, (i + count + per - 1) / per, A + i * row_stride, row_stride, 1, B,
-                        ldb, C + i * ldc, ldc);
+    const auto product = [&](const auto& finish) FASTATTN_INLINE_LAMBDA {
+      matmul<Arith, true>(count, N, (i + count + per - 1) / per, A + i * row_stride, row_stride, 1,
+                          B, ldb, C + i * ldc, ldc, Nothing{}, finish);
+    };
+    if (factors)
+      product(Scaled<typename Arith::Accumulator>{factors + i});
+    else
+      product(AsItIs{});
   }
 }
 

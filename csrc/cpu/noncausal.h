@@ -164,11 +164,11 @@ class NonCausal : private Call<Real> {
     for (int64_t t = s.keys.begin(i); t < s.keys.end(i); t += kRows) {
       const int64_t rows = std::min(kRows, s.keys.end(i) - t);
       const MaskRow mask = mask_at(s.batch, s.key_begin + t);
-      Base::read_keys(s, h, t, rows, mask, tile.phi);
-      Base::read_values(s, h, t, rows, mask, tile.value);
-      phi_.of_keys(rows, mask, {maximum, nullptr}, tile.phi, tile.inverse_norm);
+      phi_.of_keys(rows, mask, {maximum, nullptr}, Base::keys(s, h, t, rows, mask, tile.phi),
+                   tile.phi, tile.inverse_norm);
+      const Real* value = Base::values(s, h, t, rows, mask, tile.value);
       const Element* A = Pack::pair_rows(tile.phi, rows, fw, fw, tile.phi_pairs);
-      const Element* B = Pack::pair_rows(tile.value, rows, vw, vw, tile.value_pairs);
+      const Element* B = Pack::pair_rows(value, rows, vw, vw, tile.value_pairs);
       auto ahead = Base::template keys_ahead<false>(s, h, t + kRows);
       matmul<Arith, true>(n_.features, vw, Pack::elements(rows), A, 1, fw, B, vw, part.S, vw, ahead);
       add_rows(part.z, tile.phi, rows, fw);
@@ -208,20 +208,22 @@ class NonCausal : private Call<Real> {
     for (int64_t t = s.queries.begin(i); t < s.queries.end(i); t += kRows) {
       const int64_t rows = std::min(kRows, s.queries.end(i) - t);
       Base::for_query_heads(h, [&](int64_t q) {
-        Real *phi = tile.phi, *out = tile.value;
-        Base::read_queries(s, q, t, rows, phi);
-        phi_.of_queries(rows, phi, tile.inverse_norm);
-        const Element* A = Pack::pair_columns(phi, rows, fw, tile.phi_pairs);
+        phi_.of_queries(rows, Base::queries(s, q, t, rows, tile.phi), tile.phi, tile.inverse_norm);
+        const Element* A = Pack::pair_columns(tile.phi, rows, fw, tile.phi_pairs);
         auto ahead = Base::template queries_ahead<true>(s, q, t + kRows);
-        matmul<Arith, false>(rows, vw, Pack::elements(n_.features), A, Pack::elements(fw), 1, S, vw,
-                             out, vw, ahead);
+        const auto product = [&](const auto& finish) {
+          matmul<Arith, false>(rows, vw, Pack::elements(n_.features), A, Pack::elements(fw), 1, S,
+                               vw, tile.value, vw, ahead, finish);
+        };
         if (divides()) {
           Real inverse[kRows];
-          dots(phi, total.z, 0, rows, fw, inverse);
+          dots(tile.phi, total.z, 0, rows, fw, inverse);
           invert_denominators(inverse, rows, p_.eps);
-          for (int64_t r = 0; r < rows; ++r) scale_row(out + r * vw, inverse[r], vw);
+          product(Scaled<Real>{inverse});
+        } else {
+          product(AsItIs{});
         }
-        Base::write_out(s, q, t, rows, out);
+        Base::write_out(s, q, t, rows, tile.value);
       });
     }
   }
@@ -235,8 +237,7 @@ class NonCausal : private Call<Real> {
       for (int64_t t = s.keys.begin(i); t < s.keys.end(i); t += kRows) {
         const int64_t rows = std::min(kRows, s.keys.end(i) - t);
         const MaskRow mask = mask_at(s.batch, s.key_begin + t);
-        Base::read_keys(s, h, t, rows, mask, tile.phi);
-        phi_.raise_to_maximum(rows, mask, tile.phi, maximum);
+        phi_.raise_to_maximum(rows, mask, Base::keys(s, h, t, rows, mask, tile.phi), maximum);
       }
   }
 
@@ -288,15 +289,13 @@ class NonCausal : private Call<Real> {
     for (int64_t t = s.queries.begin(i); t < s.queries.end(i); t += kRows) {
       const int64_t rows = std::min(kRows, s.queries.end(i) - t);
       Base::for_query_heads(h, [&](int64_t q) {
-        Base::read_queries(s, q, t, rows, phi);
-        Base::read_gradients(s, q, t, rows, g);
-        phi_.of_queries(rows, phi, tile.inverse_norm);
+        phi_.of_queries(rows, Base::queries(s, q, t, rows, phi), phi, tile.inverse_norm);
         Denominators<Real> den;
         if (divides()) {
           dots(phi, z, 0, rows, fw, den.inverse);
           den.of_gradient(rows, p_.eps);
-          for (int64_t r = 0; r < rows; ++r) scale_row(g + r * vw, den.inverse[r], vw);
         }
+        Base::read_gradients(s, q, t, rows, den.inverse, g);
         auto ahead = Base::template queries_ahead<true>(s, q, t + kRows);
         matmul<Exact, false>(rows, fw, n_.values, g, vw, 1, tile.S_transposed, fw, dphi, fw, ahead);
         if (divides()) {
@@ -321,11 +320,11 @@ class NonCausal : private Call<Real> {
     for (int64_t t = s.keys.begin(i); t < s.keys.end(i); t += kRows) {
       const int64_t rows = std::min(kRows, s.keys.end(i) - t);
       const MaskRow mask = mask_at(s.batch, s.key_begin + t);
-      Base::read_keys(s, h, t, rows, mask, phi);
-      Base::read_values(s, h, t, rows, mask, tile.value);
-      phi_.of_keys(rows, mask, {tile.maximum, tile.state.z}, phi, tile.inverse_norm);
+      phi_.of_keys(rows, mask, {tile.maximum, tile.state.z}, Base::keys(s, h, t, rows, mask, phi),
+                   phi, tile.inverse_norm);
+      const Real* value = Base::values(s, h, t, rows, mask, tile.value);
       auto ahead = Base::template keys_ahead<true>(s, h, t + kRows);
-      matmul<Exact, false>(rows, fw, n_.values, tile.value, vw, 1, tile.dS_transposed, fw, dphi, fw,
+      matmul<Exact, false>(rows, fw, n_.values, value, vw, 1, tile.dS_transposed, fw, dphi, fw,
                            ahead);
       for (int64_t r = 0; r < rows; ++r) add(dphi + r * fw, gradient.z, fw);
       matmul<Exact, false>(rows, vw, n_.features, phi, fw, 1, gradient.S, vw, tile.dvalue, vw,

@@ -67,41 +67,40 @@ class Recurrent : private Call<Real> {
                const Token& token) const {
     const MaskRow mask = Base::mask_at(s.batch, s.key_begin + t);
     Real inverse_norm;
-    Base::read_keys(s, h, t, 1, mask, token.phi_k);
-    Base::read_values(s, h, t, 1, mask, token.value);
-    phi_.of_keys(1, mask, {}, token.phi_k, &inverse_norm);
+    phi_.of_keys(1, mask, {}, Base::keys(s, h, t, 1, mask, token.phi_k), token.phi_k,
+                 &inverse_norm);
+    const Real* value = Base::values(s, h, t, 1, mask, token.value);
     for (int64_t f = 0; f < n_.features; ++f) state.z[f] += token.phi_k[f];
     Base::for_query_heads(h, [&](int64_t q) {
-      Base::read_queries(s, q, t, 1, token.phi_q);
-      phi_.of_queries(1, token.phi_q, &inverse_norm);
+      phi_.of_queries(1, Base::queries(s, q, t, 1, token.phi_q), token.phi_q, &inverse_norm);
+      const Rows<Real> out = Base::place_for_out(s, q, t, token.out);
       if (q == h * n_.group)
-        update_and_read<true>(state.S, ld, token);
+        update_and_read<true>(state.S, ld, value, token, out.data);
       else
-        update_and_read<false>(state.S, ld, token);
+        update_and_read<false>(state.S, ld, value, token, out.data);
       if (Base::divides()) {
         Real den = 0;
         for (int64_t f = 0; f < n_.features; ++f) den += token.phi_q[f] * state.z[f];
-        scale_row(token.out, inverse_denominator<Real>(den, p_.eps), n_.value_width);
+        scale_row(out.data, inverse_denominator<Real>(den, p_.eps), n_.value_width);
       }
-      Base::write_out(s, q, t, 1, token.out);
+      Base::finish_out(s, q, t, 1, out, token.out);
     });
   }
 
   // out = phi(q) S, after S += phi(k) v^T where `Update`.
   template <bool Update>
-  void update_and_read(Real* S, int64_t ld, const Token& token) const {
+  void update_and_read(Real* S, int64_t ld, const Real* value, const Token& token,
+                       Real* out) const {
     int64_t j = 0;
     for (; j + kVectors * L <= n_.values; j += kVectors * L)
-      columns<Update, kVectors>(S + j, ld, token.value + j, token, token.out + j);
-    for (; j + L <= n_.values; j += L)
-      columns<Update, 1>(S + j, ld, token.value + j, token, token.out + j);
+      columns<Update, kVectors>(S + j, ld, value + j, token, out + j);
+    for (; j + L <= n_.values; j += L) columns<Update, 1>(S + j, ld, value + j, token, out + j);
     for (; j < n_.values; ++j) {
-      Real out = 0;
+      out[j] = 0;
       for (int64_t f = 0; f < n_.features; ++f) {
-        if (Update) S[f * ld + j] += token.phi_k[f] * token.value[j];
-        out += token.phi_q[f] * S[f * ld + j];
+        if (Update) S[f * ld + j] += token.phi_k[f] * value[j];
+        out[j] += token.phi_q[f] * S[f * ld + j];
       }
-      token.out[j] = out;
     }
   }
 

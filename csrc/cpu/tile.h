@@ -2,6 +2,8 @@
 // vectors. Everything that touches a user's tensor (any strides, any of the four types) is here.
 #pragma once
 
+#include <type_traits>
+
 #include "../problem.h"
 #include "simd.h"
 
@@ -71,29 +73,6 @@ FASTATTN_INLINE void write_vector(void* data, int64_t i, DType, Vector<double> v
   store(static_cast<double*>(data) + i, v);
 }
 
-// n numbers at `offset` of a strided tensor, zeros up to `width`.
-template <class Real>
-void read_row(const Strided& source, int64_t offset, DType dtype, int64_t n,
-                              Real* row, int64_t width) {
-  int64_t i = 0;
-  if (source.feature == 1)
-    for (; i + kLanes<Real> <= n; i += kLanes<Real>)
-      store(row + i, read_vector(row, source.data, offset + i, dtype));
-  for (; i < n; ++i)
-    row[i] = read_element<Real>(source.data, offset + i * source.feature, dtype);
-  for (; i < width; ++i) row[i] = 0;
-}
-
-template <class Real>
-void write_row(const Strided& target, int64_t offset, DType dtype, int64_t n,
-                               const Real* row) {
-  int64_t i = 0;
-  if (target.feature == 1)
-    for (; i + kLanes<Real> <= n; i += kLanes<Real>)
-      write_vector(target.data, offset + i, dtype, load(row + i));
-  for (; i < n; ++i) write_element(target.data, offset + i * target.feature, dtype, row[i]);
-}
-
 // Bytes of the key mask of one run of tokens; absent: everybody takes part.
 struct MaskRow {
   const uint8_t* data = nullptr;
@@ -102,25 +81,78 @@ struct MaskRow {
   FASTATTN_INLINE bool keeps(int64_t token) const { return !data || data[token * stride]; }
 };
 
-// Reads `rows` tokens of one head into a tile with rows of `width` numbers, n of them from memory.
-// Rows of masked keys are read as zeros, so that nothing in them (a NaN) can spread.
+// Rows of whole vectors in the accumulator type, in a tile or where they lie in a tensor.
+template <class Real>
+struct Rows {
+  Real* data;
+  int64_t stride;
+
+  FASTATTN_INLINE Real* operator[](int64_t r) const { return data + r * stride; }
+};
+
+// Whether rows of n numbers of a tensor can be used where they lie.
+template <class Real>
+bool has_whole_vectors(const Strided& tensor, DType dtype, int64_t n) {
+  return tensor.feature == 1 && element_size(dtype) == sizeof(Real) && n % kLanes<Real> == 0;
+}
+
+// The same, and they lie side by side as in a tile: a product reads such rows many times over, and
+// rows a multiple of 1 KB apart would fight for the same lines of the cache.
+template <class Real>
+bool is_like_tile(const Strided& tensor, DType dtype, int64_t n) {
+  return has_whole_vectors<Real>(tensor, dtype, n) && tensor.token == n;
+}
+
+template <class Real>
+FASTATTN_INLINE Real* row_of(const Strided& tensor, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<Real*>(tensor.data) + tensor.offset(batch, head, token);
+}
+
+// body(dtype as a constant), of the types that kernels of Real read and write.
+template <class Real, class Body>
+FASTATTN_INLINE void with_dtype(DType dtype, const Body& body) {
+  if constexpr (sizeof(Real) == 8) return body(std::integral_constant<DType, DType::f64>{});
+  if (dtype == DType::f32) return body(std::integral_constant<DType, DType::f32>{});
+  if (dtype == DType::bf16) return body(std::integral_constant<DType, DType::bf16>{});
+  body(std::integral_constant<DType, DType::f16>{});
+}
+
+// Reads `rows` tokens of one head into a tile with rows of `width` numbers: n of them from memory,
+// then zeros. Rows of masked keys are read as zeros, so that nothing in them (a NaN) can spread.
 template <class Real>
 void read_tile(const Strided& source, int64_t batch, int64_t head, int64_t token, int64_t rows,
                DType dtype, int64_t n, MaskRow mask, Real* tile, int64_t width) {
-  for (int64_t r = 0; r < rows; ++r) {
-    Real* row = tile + r * width;
-    if (mask.keeps(r))
-      read_row(source, source.offset(batch, head, token + r), dtype, n, row, width);
-    else
-      for (int64_t i = 0; i < width; ++i) row[i] = 0;
-  }
+  const int64_t whole = source.feature == 1 ? n / kLanes<Real> * kLanes<Real> : 0;
+  with_dtype<Real>(dtype, [&](auto type) FASTATTN_INLINE_LAMBDA {
+    for (int64_t r = 0; r < rows; ++r) {
+      Real* row = tile + r * width;
+      const int64_t offset = source.offset(batch, head, token + r);
+      int64_t i = 0;
+      if (mask.keeps(r)) {
+        for (; i < whole; i += kLanes<Real>)
+          store(row + i, read_vector(row, source.data, offset + i, type));
+        for (; i < n; ++i)
+          row[i] = read_element<Real>(source.data, offset + i * source.feature, type);
+      }
+      for (; i < width; ++i) row[i] = 0;
+    }
+  });
 }
 
 template <class Real>
 void write_tile(const Strided& target, int64_t batch, int64_t head, int64_t token, int64_t rows,
                 DType dtype, int64_t n, const Real* tile, int64_t width) {
-  for (int64_t r = 0; r < rows; ++r)
-    write_row(target, target.offset(batch, head, token + r), dtype, n, tile + r * width);
+  const int64_t whole = target.feature == 1 ? n / kLanes<Real> * kLanes<Real> : 0;
+  with_dtype<Real>(dtype, [&](auto type) FASTATTN_INLINE_LAMBDA {
+    for (int64_t r = 0; r < rows; ++r) {
+      const Real* row = tile + r * width;
+      const int64_t offset = target.offset(batch, head, token + r);
+      int64_t i = 0;
+      for (; i < whole; i += kLanes<Real>)
+        write_vector(target.data, offset + i, type, load(row + i));
+      for (; i < n; ++i) write_element(target.data, offset + i * target.feature, type, row[i]);
+    }
+  });
 }
 
 // ---- small vector helpers -----------------------------------------------------------------------
@@ -195,6 +227,14 @@ FASTATTN_INLINE void sum_of(Real* y, const Real* a, const Real* b, int64_t n) {
 template <class Real>
 FASTATTN_INLINE void scale_row(Real* y, Real a, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<Real>) store(y + i, load(y + i) * a);
+}
+
+// tile[r] = factors[r] rows[r], for `count` rows of n numbers.
+template <class Real>
+void scale_rows(Rows<const Real> rows, const Real* factors, int64_t count, int64_t n, Real* tile) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t i = 0; i < n; i += kLanes<Real>)
+      store(tile + r * n + i, load(rows[r] + i) * factors[r]);
 }
 
 template <class Real>
