@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
 import typer
 
 from fastattn.cli.compare import compare
@@ -20,8 +25,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(info)
-app.command(epilog=EXIT_CODES)(linearize)
-app.command(epilog=EXIT_CODES)(compress)
-app.command(epilog=EXIT_CODES)(compare)
-app.command(epilog=EXIT_CODES)(diagnose)
+
+
+def flowing(function: Callable[..., Any]) -> str:
+    """Its docstring without line breaks inside paragraphs, which the help would keep."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
+
+
+app.command(help=flowing(info))(info)
+for command in (linearize, compress, compare, diagnose):
+    app.command(help=flowing(command), epilog=EXIT_CODES)(command)

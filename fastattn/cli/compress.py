@@ -79,11 +79,17 @@ def compress(
     fine_tune: options.FineTune = None,
     epochs: options.Epochs = None,
     fine_tune_epochs: options.FineTuneEpochs = None,
-    transfer_epochs: options.StageEpochs = None,
-    replace_epochs: options.StageEpochs = None,
+    transfer_epochs: options.TransferEpochs = None,
+    replace_epochs: Annotated[
+        float | None, options.stage_epochs("Of replacing modules by those of the smaller model", 2)
+    ] = None,
     schedule: options.ReplacingSchedule = options.Schedule.linear,
-    distill_epochs: options.StageEpochs = None,
-    metric_epochs: options.StageEpochs = None,
+    distill_epochs: Annotated[
+        float | None, options.stage_epochs("Of training the smaller model towards the original", 6)
+    ] = None,
+    metric_epochs: Annotated[
+        float | None, options.stage_epochs("Of tuning on --metric", 1)
+    ] = None,
     batch_size: options.BatchSize = None,
     bf16: options.Bf16 = None,
     seed: options.Seed = 0,

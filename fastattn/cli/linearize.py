@@ -45,7 +45,7 @@ def linearize(
     fine_tune: options.FineTune = None,
     epochs: options.Epochs = None,
     fine_tune_epochs: options.FineTuneEpochs = None,
-    transfer_epochs: options.StageEpochs = None,
+    transfer_epochs: options.TransferEpochs = None,
     replace_epochs: Annotated[
         float,
         typer.Option(
@@ -55,7 +55,9 @@ def linearize(
         ),
     ] = 0.0,
     schedule: options.ReplacingSchedule = options.Schedule.linear,
-    distill_epochs: options.StageEpochs = None,
+    distill_epochs: Annotated[
+        float | None, options.stage_epochs("Of training towards the softmax model's predictions", 2)
+    ] = None,
     batch_size: options.BatchSize = None,
     bf16: options.Bf16 = None,
     seed: options.Seed = 0,

@@ -84,8 +84,22 @@ Epochs = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
-FineTuneEpochs = Annotated[float | None, typer.Option(min=0.01, rich_help_panel=TRAINING)]
-StageEpochs = Annotated[float | None, typer.Option(min=0, rich_help_panel=TRAINING)]
+
+
+def stage_epochs(what: str, default: float, least: float = 0) -> Any:
+    """The option of one training's epochs; ``default`` as in the recipe's ``default_epochs``."""
+    help_text = f"{what} \\[default: {default:g}, or more for few rows]."
+    return typer.Option(min=least, help=help_text, rich_help_panel=TRAINING)
+
+
+FineTuneEpochs = Annotated[
+    float | None,
+    stage_epochs("Of fine-tuning the softmax model, where that is done", 3, least=0.01),
+]
+TransferEpochs = Annotated[
+    float | None,
+    stage_epochs("Of matching each linear layer's output to its softmax layer's", 2),
+]
 ReplacingSchedule = Annotated[
     Schedule,
     typer.Option(

@@ -16,11 +16,14 @@ pytest.importorskip("typer")
 
 import torch
 import typer
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from fastattn.cli.app import app
 from fastattn.cli.exits import NEEDED, exit_codes, writing
 from fastattn.cli.options import numbers
+from fastattn.recipes.arguments import Arguments
+from fastattn.recipes.compress import CompressArguments
 
 ROOT = Path(__file__).parents[2]
 FEW = ("--epochs", "0.5", "--no-bf16", "--threads", "1", "--lengths", "16,32")
@@ -264,6 +267,19 @@ def test_help_says_the_defaults(command: str) -> None:
     shown = " ".join(run(command, "--help").stdout.replace("│", " ").split())
     for text in ("Threads [default:", "for none [default: 128,256,... to 8192,"):
         assert text in shown
+
+
+@pytest.mark.parametrize(
+    "name, arguments", [("linearize", Arguments), ("compress", CompressArguments)]
+)
+def test_help_has_the_epochs_of_the_recipe(name: str, arguments: type[Arguments]) -> None:
+    said = {}
+    for option in get_command(app).commands[name].params:  # type: ignore[attr-defined]
+        default = re.search(r"\[default: (\d+), or more for few rows\]", option.help or "")
+        if default:
+            said[option.name.removesuffix("_epochs").replace("metric", "tune")] = int(default[1])
+    assert len(said) == (3 if name == "linearize" else 5)  # linearize replaces only where asked to
+    assert said == {stage: arguments.default_epochs[stage] for stage in said}
 
 
 def test_help_names_the_exit_codes() -> None:
