@@ -87,9 +87,7 @@ def compress(
     distill_epochs: Annotated[
         float | None, options.stage_epochs("Of training the smaller model towards the original", 6)
     ] = None,
-    metric_epochs: Annotated[
-        float | None, options.stage_epochs("Of tuning on --metric", 1)
-    ] = None,
+    metric_epochs: Annotated[float | None, options.stage_epochs("Of tuning on --metric", 1)] = None,
     batch_size: options.BatchSize = None,
     bf16: options.Bf16 = None,
     seed: options.Seed = 0,
