@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fastattn.theseus import Theseus
 from tests.theseus.conftest import make
-from tests.theseus.train import make_theseus, train
+from tests.theseus.train import make_theseus, search_step, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +79,14 @@ def test_two_ranks_draw_the_same_gates_and_train_as_one(tmp_path: Path) -> None:
     assert record.gates == zero["gates"]
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(value, zero["weights"][name], rtol=1e-3, atol=1e-4)
+    # The search: each rank measured half of the rows, and both took the step of one that saw all.
+    step, gradients = search_step(0, 1)
+    assert torch.equal(zero["metrics"], one["metrics"])
+    torch.testing.assert_close(zero["metrics"], step.candidate_metrics, rtol=1e-5, atol=1e-6)
+    assert len(gradients) == len(zero["gradients"]) == len(one["gradients"]) > 20
+    for expected, first, second in zip(gradients, zero["gradients"], one["gradients"]):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_share_is_logged_to_whatever_logs(

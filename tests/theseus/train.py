@@ -1,4 +1,5 @@
-"""Trains a tiny Theseus through the Trainer; also the program that two ranks run.
+"""Trains a tiny Theseus through the Trainer; also the program that two ranks run, with a step of
+MGS at its end.
 
 ``python -m tests.theseus.train FOLDER`` under torchrun writes FOLDER/rank<r>.pt.
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from fastattn.theseus import LinearSchedule, Theseus, TheseusCallback
+from fastattn.theseus.mgs import SearchStep, mgs_step
 
 ROWS, TOKENS = 64, 9
 
@@ -106,15 +108,34 @@ def train(
     return trainer
 
 
+def search_step(rank: int, world: int) -> tuple[SearchStep, list[torch.Tensor]]:
+    """One step of MGS, and the gradients it leaves. Of the metric each rank sees its own rows."""
+    model, rows = make_theseus().export(), Rows()
+    all_rows = default_collate([rows[row] for row in range(ROWS)])
+    own_rows = {name: values[rank::world] for name, values in all_rows.items()}
+    step = mgs_step(
+        model,
+        lambda model, _: model(**all_rows).loss,
+        lambda model, _: -float(model(**own_rows).loss),
+        None,
+        beta=5.0,
+        seed=5,
+    )
+    return step, [p.grad for p in model.parameters() if p.grad is not None]
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     theseus = make_theseus()
     trainer = train(theseus, folder / "run", batch=4)
-    torch.save(
-        {"gates": trainer.gates, "weights": theseus.state_dict(), "world": trainer.args.world_size},
-        folder / f"rank{os.environ['RANK']}.pt",
-    )
+    world = trainer.args.world_size
+    step, gradients = search_step(rank, world)
+    results = {
+        "gates": trainer.gates, "weights": theseus.state_dict(), "world": world,
+        "metrics": step.candidate_metrics, "gradients": gradients,
+    }  # fmt: skip
+    torch.save(results, folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":
