@@ -26,6 +26,8 @@ from examples.nvae.picture import draw
 from examples.nvae.training import Settings, balance, fit, kl_coefficient
 from fastattn.cli.options import keep_freed_memory
 
+PLAIN_BATCH_SIZE = 100
+
 console = Console()
 
 
@@ -90,10 +92,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--channels", type=int, default=16, help="at full resolution")
     add("--latents", type=int, default=8, help="channels of a group of latents")
     add("--cells", type=int, default=1, help="residual cells per group")
-    add("--steps", type=int, default=4000, help="of training")
+    add("--steps", type=int, default=2000, help="of training")
     add("--plain-steps", type=int, default=8000, help="of training, for the plain VAE")
-    add("--batch-size", type=int, default=100)
-    add("--learning-rate", type=float, default=2e-2)
+    add("--batch-size", type=int, default=300)
+    add("--learning-rate", type=float, default=3e-2)
     add("--spectral", type=float, default=1e-3, help="weight of the spectral regulariser")
     add("--samples", type=int, default=SAMPLES, help="importance samples per test image")
     add("--temperature", type=float, default=0.8, help="of the samples in the picture")
@@ -177,7 +179,7 @@ def train_plain(images: Images, options: argparse.Namespace) -> PlainVAE:
     model = PlainVAE(images.channels, images.size)
     settings = Settings(
         steps=options.plain_steps,
-        batch_size=options.batch_size,
+        batch_size=PLAIN_BATCH_SIZE,
         learning_rate=1e-3,
         weight_decay=0.0,
         seed=options.seed,
