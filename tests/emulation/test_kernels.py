@@ -169,9 +169,9 @@ def test_few_launches(backend: str, few: str) -> None:
     assert launches(little, causal_long) == (1, 4)
 
 
-def test_64k_tokens_of_small_heads_do_not_drift(backend: str) -> None:
-    """128 segments, forwards and backwards; the worst tokens, not only the norm."""
-    call = draw(Case(1, 1, 128 * SEGMENT, 16, is_causal=True, return_state=True))
+def test_32k_tokens_of_small_heads_do_not_drift(backend: str) -> None:
+    """64 segments, forwards and backwards; the worst tokens, not only the norm."""
+    call = draw(Case(1, 1, 64 * SEGMENT, 16, is_causal=True, return_state=True))
     results, right = run(call, backend), plain.run(call.to(torch.float64))
     assert_accurate(results, right)
     for name in ("out", "d query"):

@@ -345,8 +345,7 @@ def test_gradients_of_every_parameter(feature_map: str) -> None:
         close(got, wanted, 1e-4)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("feature_map", ["elu", "hedgehog"])
+@pytest.mark.parametrize("feature_map, dynamic", [("elu", False), ("hedgehog", True)])
 def test_compiles_whole(feature_map: str, dynamic: bool) -> None:
     module, x = make(feature_map=feature_map), torch.randn(B, N, E)
     floats = torch.zeros(B, N).masked_fill(padding(), float("-inf"))
