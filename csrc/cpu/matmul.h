@@ -67,15 +67,15 @@ struct Scaled {
 };
 
 // `finish` is given rows from first_row on.
-template <class Arith, int Rows, int Vectors, bool Accumulate, class Finish>
+template <class Arith, int BlockRows, int Vectors, bool Accumulate, class Finish>
 FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, int64_t row_stride,
                                   int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
                                   typename Arith::Accumulator* C, int64_t ldc, const Finish& finish,
                                   int64_t first_row) {
   using Real = typename Arith::Accumulator;
   constexpr int L = kLanes<Real>;
-  Vector<Real> sum[Rows][Vectors];
-  unroll<Rows>([&](auto i) FASTATTN_INLINE_LAMBDA {
+  Vector<Real> sum[BlockRows][Vectors];
+  unroll<BlockRows>([&](auto i) FASTATTN_INLINE_LAMBDA {
     const Real* row = C + i * ldc;
     unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA {
       sum[i][j] = Accumulate ? load(row + j * L) : Vector<Real>{};
@@ -84,7 +84,7 @@ FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, i
   for (int64_t k = 0; k < K; ++k) {
     decltype(Arith::load_b(B)) b[Vectors];
     unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA { b[j] = Arith::load_b(B + j * L); });
-    unroll<Rows>([&](auto i) FASTATTN_INLINE_LAMBDA {
+    unroll<BlockRows>([&](auto i) FASTATTN_INLINE_LAMBDA {
       const auto a = Arith::broadcast(A + i * row_stride);
       unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA {
         sum[i][j] = Arith::multiply_add(a, b[j], sum[i][j]);
@@ -93,7 +93,7 @@ FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, i
     A += k_stride;
     B += ldb;
   }
-  unroll<Rows>([&](auto i) FASTATTN_INLINE_LAMBDA {
+  unroll<BlockRows>([&](auto i) FASTATTN_INLINE_LAMBDA {
     Real* row = C + i * ldc;
     unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA {
       store(row + j * L, finish(first_row + i, sum[i][j]));
@@ -116,10 +116,10 @@ void matmul_panel(int64_t M, int64_t K, const typename Arith::Element* A, int64_
   A += i * row_stride;
   C += i * ldc;
   switch (M - i) {
-#define FASTATTN_ROWS(n)                                                                  \
-  case n:                                                                                 \
-    matmul_block<Arith, n, Vectors, Accumulate>(K, A, row_stride, k_stride, B, ldb, C, ldc, \
-                                                finish, i);                               \
+#define FASTATTN_ROWS(n)                                                                     \
+  case n:                                                                                    \
+    matmul_block<Arith, n, Vectors, Accumulate>(K, A, row_stride, k_stride, B, ldb, C, ldc,  \
+                                                finish, i);                                  \
     break;
     FASTATTN_ROWS(1)
     FASTATTN_ROWS(2)

@@ -111,10 +111,13 @@ FASTATTN_INLINE Real* row_of(const Strided& tensor, int64_t batch, int64_t head,
 // body(dtype as a constant), of the types that kernels of Real read and write.
 template <class Real, class Body>
 FASTATTN_INLINE void with_dtype(DType dtype, const Body& body) {
-  if constexpr (sizeof(Real) == 8) return body(std::integral_constant<DType, DType::f64>{});
-  if (dtype == DType::f32) return body(std::integral_constant<DType, DType::f32>{});
-  if (dtype == DType::bf16) return body(std::integral_constant<DType, DType::bf16>{});
-  body(std::integral_constant<DType, DType::f16>{});
+  if constexpr (sizeof(Real) == 8) {
+    body(std::integral_constant<DType, DType::f64>{});
+  } else {
+    if (dtype == DType::f32) return body(std::integral_constant<DType, DType::f32>{});
+    if (dtype == DType::bf16) return body(std::integral_constant<DType, DType::bf16>{});
+    body(std::integral_constant<DType, DType::f16>{});
+  }
 }
 
 // Reads `rows` tokens of one head into a tile with rows of `width` numbers: n of them from memory,

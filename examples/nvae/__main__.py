@@ -94,7 +94,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--cells", type=int, default=1, help="residual cells per group")
     add("--steps", type=int, default=900, help="of training")
     add("--plain-steps", type=int, default=3000, help="of training, for the plain VAE")
-    add("--batch-size", type=int, default=300)
+    add("--batch-size", type=int, default=300,
+        help=f"images of a step; the plain VAE takes {PLAIN_BATCH_SIZE}")  # fmt: skip
     add("--learning-rate", type=float, default=3e-2)
     add("--spectral", type=float, default=1e-3, help="weight of the spectral regulariser")
     add("--samples", type=int, default=SAMPLES, help="importance samples per test image")

@@ -11,6 +11,7 @@ and beam search need ``SelfTerminatingHead``.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,7 @@ TRUNCATING = tuple(
 )  # fmt: skip
 
 
-class _Consistent(LogitsProcessor):
+class _Consistent(LogitsProcessor, ABC):
     """Keeps ``kept(scores)`` and the end-of-sequence tokens; everything else gets -inf."""
 
     def __init__(self, eos_token_id: int | Sequence[int]) -> None:
@@ -38,9 +39,9 @@ class _Consistent(LogitsProcessor):
             raise ValueError(f"eos_token_id must be a token id or several; got {eos_token_id!r}")
         self.eos_token_ids = ids
 
+    @abstractmethod
     def kept(self, scores: Tensor) -> Tensor:
         """Bool (rows, vocabulary): the tokens of the usual rule, which each subclass is."""
-        raise NotImplementedError
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (rows, vocabulary) with what is not kept at -inf.
