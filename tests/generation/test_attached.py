@@ -338,3 +338,10 @@ def test_what_is_refused() -> None:
         model(**one, return_dict=False)
     with pytest.raises((ValueError, NotImplementedError), match="one by one|take tokens back"):
         model.generate(**one, prompt_lookup_num_tokens=3, max_new_tokens=20, do_sample=False)
+    done = model.generate(**one, do_sample=False, max_new_tokens=3, return_dict_in_generate=True)
+    with pytest.raises(NotImplementedError, match="can't take tokens back"):
+        done.past_key_values.crop(2)
+    counting = SelfTerminatingHead(EOS, clock="all").attach(decoder())
+    square = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
+    with pytest.raises(NotImplementedError, match=r"padding mask of shape \(batch, tokens\)"):
+        counting(one["input_ids"], attention_mask=square)
