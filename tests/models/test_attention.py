@@ -201,6 +201,14 @@ def test_decoders_and_cross_attention_raise(family: str) -> None:
             getattr(transformers, family + "Model")._from_config(config, attn_implementation=NAME)
 
 
+def test_a_mask_function_of_the_models_own_raises() -> None:
+    """transformers says so by use_vmap; a mask of its own would not be seen by the kernels."""
+    mask = torch.ones(1, 4)
+    assert attention_module.keep_2d_mask(attention_mask=mask) is mask
+    with pytest.raises(NotImplementedError, match="takes a padding mask, no other mask function"):
+        attention_module.keep_2d_mask(attention_mask=mask, use_vmap=True)
+
+
 def test_other_models_raise_and_are_never_left_with_softmax() -> None:
     sizes = {k: v for k, v in FAMILIES["Bert"].items() if k != "pad_token_id"}
     mpnet = transformers.MPNetConfig(**sizes)
