@@ -16,42 +16,66 @@ namespace fastattn {
 namespace {
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using ThreadNumber = int (*)();
 
 GompParallel gomp_parallel = nullptr;
+ThreadNumber thread_number = nullptr;
 std::string joined_path;
 
-struct Team {
-  int64_t tasks;
-  const std::function<void(int64_t)>* body;
-  std::atomic<int64_t> next{0};
-  std::mutex failure_lock;
-  std::exception_ptr failure;
+// Tasks [next, end), on a cache line of its own.
+struct alignas(64) Range {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
 
-  void work() {
+struct Team {
+  Team(int64_t tasks, int threads, const std::function<void(int64_t)>& work)
+      : body(work), ranges(static_cast<size_t>(threads)) {
+    for (int i = 0; i < threads; ++i) {
+      Range& range = ranges[static_cast<size_t>(i)];
+      range.next.store(tasks * i / threads, std::memory_order_relaxed);
+      range.end = tasks * (i + 1) / threads;
+    }
+  }
+
+  // Thread `number` does its own range, then what the others have left.
+  void work(size_t number) {
     try {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-        (*body)(task);
+      for (size_t i = 0; i < ranges.size(); ++i) {
+        Range& range = ranges[(number + i) % ranges.size()];
+        for (int64_t task; (task = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;)
+          body(task);
+      }
     } catch (...) {
       const std::lock_guard<std::mutex> guard(failure_lock);
       if (!failure) failure = std::current_exception();
-      next.store(tasks, std::memory_order_relaxed);
+      for (Range& range : ranges) range.next.store(range.end, std::memory_order_relaxed);
     }
   }
+
+  const std::function<void(int64_t)>& body;
+  std::vector<Range> ranges;
+  std::mutex failure_lock;
+  std::exception_ptr failure;
 };
 
-void enter(void* team) { static_cast<Team*>(team)->work(); }
+void enter(void* team) {
+  static_cast<Team*>(team)->work(static_cast<size_t>(thread_number()));
+}
 
 }  // namespace
 
 bool join_openmp(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   if (!library) return false;
-  void* symbol = dlsym(library, "GOMP_parallel");
-  if (!symbol) {
+  void* parallel = dlsym(library, "GOMP_parallel");
+  void* number = dlsym(library, "omp_get_thread_num");
+  if (!parallel || !number) {
     dlclose(library);
     return false;
   }
-  gomp_parallel = reinterpret_cast<GompParallel>(symbol);
+  gomp_parallel = reinterpret_cast<GompParallel>(parallel);
+  thread_number = reinterpret_cast<ThreadNumber>(number);
   joined_path = path;
   return true;  // the handle is kept: the runtime must outlive us
 }
@@ -64,9 +88,7 @@ void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>
     for (int64_t task = 0; task < tasks; ++task) body(task);
     return;
   }
-  Team team;
-  team.tasks = tasks;
-  team.body = &body;
+  Team team(tasks, threads, body);
   if (gomp_parallel) {
     // The full number of threads, even for fewer tasks: a team of another size than torch's makes
     // the runtime rebuild its pool.
@@ -74,11 +96,11 @@ void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>
   } else {
     std::vector<std::thread> others;
     try {
-      for (int64_t i = 1; i < team_size; ++i) others.emplace_back(enter, &team);
+      for (int64_t i = 1; i < team_size; ++i) others.emplace_back(&Team::work, &team, i);
     } catch (const std::exception&) {
       // The system has no more threads: those there are take the others' tasks.
     }
-    enter(&team);
+    team.work(0);
     for (auto& thread : others) thread.join();
   }
   if (team.failure) std::rethrow_exception(team.failure);

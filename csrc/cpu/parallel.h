@@ -1,4 +1,8 @@
-// Threads. Work is handed out as numbered tasks; which thread takes which never changes a result.
+// Threads. Work is handed out as numbered tasks; which thread takes which never changes a result,
+// but it does change the time. Each thread has a share of neighbouring tasks, the same in every
+// call: what it touches then is in its own caches, not in those of another core (on a processor
+// whose cores do not share a cache, handing out tasks one by one takes up to a third longer). Who
+// is done helps the others.
 //
 // A process that already has an OpenMP runtime (torch brings one) must not get a second pool of
 // threads: the two would spin against each other. So we join the runtime that is there, through
@@ -16,7 +20,7 @@ namespace fastattn {
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body);
 
 // Joins the OpenMP runtime in the already loaded library at `path`. False if it is not loaded or
-// has no GOMP_parallel.
+// has no GOMP_parallel and omp_get_thread_num.
 bool join_openmp(const std::string& path);
 
 // The path joined, or "" when threads are our own.
