@@ -180,7 +180,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     drop = [name for name in dataset.column_names if name != "label"]
-    with _quiet():
+    with quiet():
         tokens = dataset.map(encode, batched=True, remove_columns=drop, keep_in_memory=True)
     return tokens.add_column("row", list(range(len(tokens))))
 
@@ -218,7 +218,7 @@ def _parse(path: Path) -> Dataset:
             if sum(1 for _ in zip(lines, range(2), strict=False)) < (1 if is_json else 2):
                 raise DataError(f"{path} has no rows")
         # Our own cache folder: what `datasets` would keep in the user's is stale after an edit.
-        with tempfile.TemporaryDirectory() as cache, _quiet():
+        with tempfile.TemporaryDirectory() as cache, quiet():
             options: dict[str, Any] = {"cache_dir": cache, "keep_in_memory": True}
             if is_json:
                 dataset = Dataset.from_json(str(path), **options)
@@ -301,7 +301,7 @@ def _check_labels(dataset: Dataset, path: Path, known: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars or log lines of ``datasets`` inside, and pandas' "fields were dropped"
     is an error; all settings are put back afterwards."""
     from datasets.utils import logging

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
@@ -32,6 +28,7 @@ from fastattn.recipes.losses import distillation_loss, imitation_loss, task_loss
 from fastattn.recipes.measure import check_lengths, measure
 from fastattn.recipes.models import load_model, load_tokenizer, new_classifier, output_labels
 from fastattn.recipes.run import CHECKPOINTS, Results, Run
+from fastattn.recipes.teacher import kept_logits, predict_in_windows
 from fastattn.recipes.training import Loss, Settings, fit, without_dropout
 from fastattn.theseus import Theseus, TheseusCallback
 from fastattn.theseus.schedules import make_schedule
@@ -119,6 +116,9 @@ class Job(Generic[ArgumentsT]):
         else:
             model = load_model(args.model)
         results["softmax"] = self.scores(model, args.max_length, "Evaluating softmax")
+        if self.has_windows:
+            logits = self.ask_teacher(model, "dev", "Evaluating softmax in windows")
+            results["windows"] = self._scores_of(logits)
         self.save(model, folder)
         return results
 
@@ -228,7 +228,7 @@ class Job(Generic[ArgumentsT]):
         as ``fit`` does.
 
         For changed texts and hidden states the teacher works beside it. Otherwise, and where the
-        student reads tokens that the teacher can't, the teacher's predictions of the rows as they
+        student reads further than the teacher can, the teacher's predictions of the rows as they
         are are all there is, made once.
         """
         args = self.arguments
@@ -285,6 +285,7 @@ class Job(Generic[ArgumentsT]):
             **{
                 name: {**stages[stage][name], "max_length": args.student_length}
                 for stage, name in (
+                    ("softmax", "windows"),
                     ("transfer", "swapped"),
                     ("transfer", "transferred"),
                     ("replace", "replaced"),
@@ -338,8 +339,29 @@ class Job(Generic[ArgumentsT]):
 
     def scores(self, model: PreTrainedModel, max_length: int | None, text: str) -> Results:
         dev = self.tokens("dev", max_length)
-        logits = predict(model, dev, self.tokenizer, bf16=self.arguments.bf16, description=text)
-        return asdict(evaluate(logits, torch.tensor(dev["label"][:])))
+        return self._scores_of(
+            predict(model, dev, self.tokenizer, bf16=self.arguments.bf16, description=text)
+        )
+
+    def _scores_of(self, logits: torch.Tensor) -> Results:
+        return asdict(evaluate(logits, torch.tensor(self.task.dev["label"][:])))
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether the softmax model reads in windows what the result reads at once. (Not where
+        texts are pairs: half a pair is none.)"""
+        args = self.arguments
+        return args.student_length != args.max_length and not self.task.has_pairs
+
+    def ask_teacher(self, model: PreTrainedModel, split: str, text: str) -> torch.Tensor:
+        """The softmax model's logits, of whole texts if it ``has_windows``."""
+        args = self.arguments
+        assert args.max_length is not None
+        how: dict[str, Any] = {"bf16": args.bf16, "description": text}
+        if not self.has_windows:
+            return predict(model, self.tokens(split, args.max_length), self.tokenizer, **how)
+        tokens = self.tokens(split, args.student_length)
+        return predict_in_windows(model, tokens, self.tokenizer, args.max_length, **how)
 
     def distillation_loss(self, match: float = 0.0) -> Loss:
         """Towards the softmax model's predictions and the labels."""
@@ -351,21 +373,15 @@ class Job(Generic[ArgumentsT]):
         """The softmax model's logits of the training rows: computed once and kept beside it, also
         for other runs that are given the model of this one."""
         args = self.arguments
-        rows = self.task.train.to_dict()
-        weights = weights_digest(self.stage_folder("softmax"))
-        key = hashlib.sha256(json.dumps([rows, args.max_length, args.bf16, weights]).encode())
-        name = f"teacher_logits_{key.hexdigest()[:16]}.safetensors"
-        for folder in (self.stage_folder("softmax"), args.model):
-            if (folder / name).is_file() and not (folder is args.model and self.fine_tune):
-                return load_file(folder / name)["logits"]
-        teacher = load_model(self.stage_folder("softmax"), train=True)
-        train = self.tokens("train", args.max_length)
-        text = "Asking the teacher"
-        logits = predict(teacher, train, self.tokenizer, bf16=args.bf16, description=text)
-        partial = self.stage_folder("softmax") / f"{name}.partial"
-        save_file({"logits": logits}, partial)
-        os.replace(partial, partial.with_suffix(""))
-        return logits
+        softmax = self.stage_folder("softmax")
+        rows, weights = self.task.train.to_dict(), weights_digest(softmax)
+        read = [args.max_length, args.student_length if self.has_windows else None]
+
+        def ask() -> torch.Tensor:
+            return self.ask_teacher(load_model(softmax, train=True), "train", "Asking the teacher")
+
+        folders = [softmax] if self.fine_tune else [softmax, args.model]
+        return kept_logits(folders, [rows, read, args.bf16, weights], ask)
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """The model with its tokenizer, which lets through as many tokens as the model reads."""

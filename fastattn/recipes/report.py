@@ -18,6 +18,7 @@ from rich.table import Table
 Report = dict[str, Any]
 MODEL_NAMES = {
     "softmax": "softmax, fine-tuned",
+    "windows": "the same, mean over windows",
     "swapped": "linear, swapped, untrained",
     "transferred": "linear, attention matched",
     "linear": "linear, distilled",
@@ -27,6 +28,7 @@ MODEL_NAMES = {
 }
 SHORT_NAMES = {
     "softmax": "softmax",
+    "windows": "in windows",
     "swapped": "swapped,\nuntrained",
     "transferred": "attention\ntransfer",
     "linear": "linearised",
@@ -36,6 +38,7 @@ SHORT_NAMES = {
 }
 COLORS = {
     "softmax": "#8c8c8c",
+    "windows": "#b5b5b5",
     "swapped": "#cfe3f3",
     "transferred": "#7fb5dc",
     "replaced": "#3d8fc9",
