@@ -41,8 +41,8 @@ def predict_in_windows(
     windows = cut_into_windows(dataset, tokenizer, max_length)
     logits = predict(model, windows, tokenizer, bf16=bf16, description=description)
     rows = torch.tensor(windows["row"][:])
-    means = logits.new_zeros(len(dataset), logits.shape[-1])
-    return means.index_reduce_(0, rows, logits, "mean", include_self=False)
+    sums = logits.new_zeros(len(dataset), logits.shape[-1]).index_add_(0, rows, logits)
+    return sums / torch.bincount(rows).unsqueeze(-1)
 
 
 def cut_into_windows(
