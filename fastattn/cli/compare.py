@@ -59,7 +59,7 @@ def compare(
             b,
             dev_file,
             max_length=max_length,
-            lengths=options.lengths_of(lengths, a, b),
+            lengths=options.lengths_of(lengths),
             bf16=options.has_bf16() if bf16 is None else bf16,
             seed=seed,
         )

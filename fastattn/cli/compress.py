@@ -141,7 +141,7 @@ def compress(
             batch_size=batch_size,
             bf16=options.has_bf16() if bf16 is None else bf16,
             seed=seed,
-            lengths=options.lengths_of(lengths, model),
+            lengths=options.lengths_of(lengths),
             **options.chosen_epochs(
                 epochs,
                 fine_tune_epochs=fine_tune_epochs,

@@ -155,16 +155,12 @@ def numbers(text: str | None, option: str) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-def lengths_of(text: str | None, *models: Path) -> tuple[int, ...]:
-    """The lengths that ``--lengths`` names, or those by default for ``models``.
-
-    Raises:
-        ModelError: one of ``models`` has no configuration.
-    """
+def lengths_of(text: str | None) -> tuple[int, ...]:
+    """The lengths that ``--lengths`` names, or those by default."""
     if text is None:
-        from fastattn.recipes.measure import default_lengths
+        from fastattn.recipes.measure import LENGTHS
 
-        return default_lengths(*models)
+        return LENGTHS
     found = numbers(text, "--lengths")
     if 0 in found:
         raise typer.BadParameter("an input has at least 1 token; got 0", param_hint="--lengths")

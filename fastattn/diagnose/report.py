@@ -18,7 +18,7 @@ from fastattn.diagnose.texts import Text, encode
 from fastattn.models.marks import is_linear
 from fastattn.recipes.data import read_texts
 from fastattn.recipes.errors import ModelError
-from fastattn.recipes.measure import check_lengths, measure
+from fastattn.recipes.measure import measure
 from fastattn.recipes.models import is_fine_tuned, load_config, load_model, load_tokenizer
 from fastattn.recipes.progress import progress
 from fastattn.recipes.report import machine
@@ -57,7 +57,6 @@ def diagnose(
     """
     texts = read_texts(data)
     chosen = random.Random(seed).sample(texts, min(rows, len(texts)))
-    check_lengths(lengths, original, patched)
     models = {"original": _load(original), "patched": _load(patched)}
     tokenizer = load_tokenizer(original)
     if tokenizer.get_vocab() != load_tokenizer(patched).get_vocab():

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fastattn.models.integers import integer
 
-METHODS = ("hierarchical", "interpolate")
+METHODS = ("hierarchical", "repeat", "interpolate")
 TABLES = ("position_embeddings", "wpe")  # wpe: GPT-2's
 # RoBERTa and its kin number positions from padding_idx + 1: the rows before are no positions.
 OFFSET_FAMILIES = ("camembert", "data2vec-text", "roberta", "xlm-roberta")
@@ -35,6 +35,8 @@ def extend_positions(
     hierarchical: position i n + j of a model with n gets alpha u_i + (1 - alpha) u_j, where
     u = (p - alpha p_0) / (1 - alpha), so the first n stay what they are; up to n^2.
     Source: Su 2020, https://kexue.fm/archives/7947.
+    repeat: position i n + j gets what j has, so what a model has learnt about neighbours holds in
+    every block of n. Source: Beltagy et al. 2020 (Longformer), section 5.
     interpolate: the n vectors stretched linearly over ``length``: all move, so train afterwards.
 
     Args:
@@ -66,6 +68,8 @@ def extend_positions(
     positions = old[offset:].float()
     if method == "interpolate":
         extended = _stretch(positions, length)
+    elif method == "repeat":
+        extended = positions[torch.arange(length, device=old.device) % n]
     else:
         extended = _hierarchical(positions, length, alpha)
         extended[:n] = positions  # equal up to rounding: make it exact

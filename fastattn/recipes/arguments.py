@@ -93,10 +93,9 @@ def settle(arguments: ArgumentsT, config: PretrainedConfig) -> tuple[ArgumentsT,
             "for the linear model to read more, give --extend-to"
         )
     extend_to = arguments.extend_to
-    if extend_to is not None and not max_length <= extend_to <= (limit or extend_to) ** 2:
-        most = "" if limit is None else f" and at most {limit**2}, the square of its positions"
+    if extend_to is not None and extend_to < max_length:
         raise ModelError(
-            f"--extend-to must be at least {max_length}, what the softmax model reads{most}; "
+            f"--extend-to must be at least {max_length}, what the softmax model reads; "
             f"got {extend_to}"
         )
     return replace(arguments, max_length=max_length), fine_tune

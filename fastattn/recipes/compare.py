@@ -19,7 +19,7 @@ from fastattn.models.positions import position_limit
 from fastattn.recipes.data import load_task, tokenize
 from fastattn.recipes.errors import ModelError
 from fastattn.recipes.evaluate import confusion, evaluate, matthews, predict
-from fastattn.recipes.measure import check_lengths, measure
+from fastattn.recipes.measure import measure
 from fastattn.recipes.models import (
     is_fine_tuned,
     load_config,
@@ -58,7 +58,6 @@ def compare(
         ModelError: a model can't be loaded, has no trained head, or knows other labels.
     """
     labels = {name: _labels(path) for name, path in (("A", a), ("B", b))}
-    check_lengths(lengths, a, b)
     if labels["A"] != labels["B"]:
         raise ModelError(
             f"the models have different labels: {a} {show_labels(labels['A'])}; "

@@ -25,7 +25,7 @@ from fastattn.recipes.augment import ChangingCollator, nearest_tokens
 from fastattn.recipes.data import Task, limit_train, load_task, tokenize
 from fastattn.recipes.evaluate import evaluate, predict
 from fastattn.recipes.losses import distillation_loss, imitation_loss, task_loss
-from fastattn.recipes.measure import check_lengths, measure
+from fastattn.recipes.measure import measure
 from fastattn.recipes.models import load_model, load_tokenizer, new_classifier, output_labels
 from fastattn.recipes.run import CHECKPOINTS, Results, Run
 from fastattn.recipes.teacher import kept_logits, predict_in_windows
@@ -62,7 +62,6 @@ def prepare(
         DataError, ModelError, OutputError
     """
     arguments, fine_tune = settle(arguments, config)
-    check_lengths(arguments.lengths, arguments.model)
     labels = None if fine_tune else output_labels(config)
     task = load_task(arguments.train, arguments.dev, labels)
     task = limit_train(task, arguments.train_limit, arguments.seed)
@@ -398,7 +397,7 @@ def extend(model: PreTrainedModel, length: int) -> PreTrainedModel:
     import fastattn
 
     if length > (position_limit(model.config) or length):
-        fastattn.extend_positions(model, length, method="hierarchical")
+        fastattn.extend_positions(model, length, method="repeat")
     return model
 
 

@@ -24,7 +24,7 @@ import transformers
 
 from fastattn.models.positions import position_limit
 from fastattn.recipes.errors import ModelError
-from fastattn.recipes.models import load_config, load_model
+from fastattn.recipes.models import load_model
 from fastattn.recipes.progress import progress
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -42,27 +42,6 @@ class Point:
     batch: int
     seconds: float
     peak_bytes: int | None
-
-
-def default_lengths(*folders: Path) -> tuple[int, ...]:
-    """Those of ``LENGTHS`` that all these models can be given positions for.
-
-    Raises:
-        ModelError: a folder without a configuration.
-    """
-    limits = [position_limit(load_config(folder)) for folder in folders]
-    return tuple(n for n in LENGTHS if all(limit is None or n <= limit**2 for limit in limits))
-
-
-def check_lengths(lengths: Sequence[int], *folders: Path) -> None:
-    """Raises ModelError where a model can't be given positions for the longest of ``lengths``."""
-    for folder in folders:
-        limit = position_limit(load_config(folder))
-        if limit is not None and max(lengths, default=0) > limit**2:
-            raise ModelError(
-                f"--lengths may be at most {limit**2}, the square of the {limit} positions of "
-                f"{folder}; got {max(lengths)}"
-            )
 
 
 def measure(
@@ -113,7 +92,7 @@ def _measure_point(
     if limit is not None and limit < longest:
         import fastattn
 
-        fastattn.extend_positions(model, longest, method="hierarchical")
+        fastattn.extend_positions(model, longest, method="repeat")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     generator = torch.Generator().manual_seed(0)

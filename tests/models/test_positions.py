@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import fastattn
-from fastattn.models.positions import position_limit
+from fastattn.models.positions import METHODS, position_limit
 from tests.models.encoders import ABSOLUTE, NUMBERED_FROM_PADDING, inputs, make
 
 
@@ -19,7 +19,7 @@ def table(model) -> torch.nn.Embedding:
     )
 
 
-@pytest.mark.parametrize("method", ["hierarchical", "interpolate"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ABSOLUTE)
 def test_long_inputs_are_read_and_short_ones_unchanged(family: str, method: str) -> None:
     model = make(family, pad_token_id=1) if family in NUMBERED_FROM_PADDING else make(family)
@@ -31,7 +31,7 @@ def test_long_inputs_are_read_and_short_ones_unchanged(family: str, method: str)
         before = model(**inputs()).last_hidden_state
         assert fastattn.extend_positions(model, 200, method) is model
         after = model(**inputs()).last_hidden_state
-        assert torch.equal(before, after) == (method == "hierarchical")
+        assert torch.equal(before, after) == (method != "interpolate")
         assert position_limit(model.config) == 200
         assert model(input_ids=torch.full((1, 200), 5)).last_hidden_state.isfinite().all()
         with pytest.raises((IndexError, RuntimeError)):
@@ -54,6 +54,15 @@ def test_hierarchical_formula() -> None:
         fastattn.extend_positions(model, 64)
 
 
+def test_repeated_positions() -> None:
+    model = make("Roberta", pad_token_id=1)
+    old = table(model).weight.detach().clone()
+    fastattn.extend_positions(model, 62**2 + 5, "repeat")
+    new = table(model).weight
+    for position in (0, 61, 62, 63, 130, 62**2 + 4):
+        assert torch.equal(new[2 + position], old[2 + position % 62])
+
+
 def test_interpolation_keeps_the_ends_and_the_order() -> None:
     model = make("Bert")
     old = table(model).weight.detach().clone()
@@ -69,7 +78,7 @@ def test_type_and_training_flag_are_kept() -> None:
     assert table(model).weight.dtype == torch.bfloat16 and not table(model).weight.requires_grad
 
 
-@pytest.mark.parametrize("method", ["hierarchical", "interpolate"])
+@pytest.mark.parametrize("method", METHODS)
 def test_gpt2_reads_longer_inputs_too(method: str) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16}
@@ -80,14 +89,14 @@ def test_gpt2_reads_longer_inputs_too(method: str) -> None:
         fastattn.linearize(fastattn.extend_positions(model, 100, method))
         assert model.generate(ids, max_new_tokens=84, do_sample=False).shape == (1, 100)
         after = fastattn.restore(model)(input_ids=ids).logits
-    assert torch.equal(before, after) == (method == "hierarchical")
+    assert torch.equal(before, after) == (method != "interpolate")
     assert model.config.n_positions == position_limit(model.config) == 100
 
 
 def test_padding_row_of_roberta_stays() -> None:
     model = make("Roberta", pad_token_id=1)
     old = table(model).weight.detach().clone()
-    for method in ("hierarchical", "interpolate"):
+    for method in METHODS:
         changed = fastattn.extend_positions(make("Roberta", pad_token_id=1), 150, method)
         assert torch.equal(table(changed).weight[:2], old[:2])
         assert len(table(changed).weight) == changed.config.max_position_embeddings == 152
@@ -101,7 +110,7 @@ def test_rotary_positions_have_no_limit() -> None:
 def test_bad_arguments() -> None:
     model = make("Bert")
     for arguments, message in (
-        ((200, "magic"), "method must be one of hierarchical, interpolate; got 'magic'"),
+        ((200, "magic"), "method must be one of hierarchical, repeat, interpolate; got 'magic'"),
         ((63,), "at least the model's 64 positions and at most 4096 .*; got 63"),
         ((4097,), "at most 4096 .their square.; got 4097"),
         ((100, "hierarchical", 0.5), "alpha must be between 0 and 1, and not 0.5"),

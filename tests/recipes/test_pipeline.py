@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 import fastattn
-from fastattn.models.positions import position_limit
 from fastattn.recipes import job as recipe
 from fastattn.recipes import measure as measuring
 from fastattn.recipes.arguments import Arguments
@@ -79,13 +78,6 @@ def test_other_lengths_are_measured_without_training_again(
     report = linearize(replace(arguments, lengths=(8, 16)), output)
     assert [point["length"] for point in report["measurements"]] == [8, 16, 8, 16]
     assert report["models"] == report_of(finished)["models"]
-    with pytest.raises(ModelError, match=r"--lengths may be at most \d+, the square of the"):
-        linearize(replace(arguments, lengths=(8, 10**6)), output)
-
-
-def test_default_lengths_are_those_with_positions(encoder: Path) -> None:
-    assert position_limit(load_config(encoder)) == 64
-    assert measuring.default_lengths(encoder) == (128, 256, 512, 1024, 2048, 4096)
 
 
 def test_a_measuring_process_that_is_killed_says_so(
