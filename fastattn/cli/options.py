@@ -133,7 +133,7 @@ Lengths = Annotated[
     str | None,
     typer.Option(
         help="Input lengths to measure time and memory at; '' for none \\[default: 128,256,... to "
-        "8192, as far as there can be positions].",
+        "8192].",
     ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Start over what is in --output.")]

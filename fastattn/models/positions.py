@@ -43,7 +43,8 @@ def extend_positions(
         model: a transformers model with one table of learned absolute positions.
         length: tokens, at least what the model has positions for. The tokenizer's
             ``model_max_length`` is yours to raise.
-        alpha: between 0 and 1 and not 0.5, which would make (i, j) and (j, i) one position.
+        alpha: of ``hierarchical`` alone; between 0 and 1 and not 0.5, which would make (i, j) and
+            (j, i) one position.
 
     Raises:
         TypeError: a length that is no integer.

@@ -15,6 +15,8 @@ from fastattn.recipes.models import is_fine_tuned, weight_files
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+MOST_TOKENS = 2**20  # of one text: beyond that the positions alone take gigabytes
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -93,10 +95,10 @@ def settle(arguments: ArgumentsT, config: PretrainedConfig) -> tuple[ArgumentsT,
             "for the linear model to read more, give --extend-to"
         )
     extend_to = arguments.extend_to
-    if extend_to is not None and extend_to < max_length:
+    if extend_to is not None and not max_length <= extend_to <= MOST_TOKENS:
         raise ModelError(
-            f"--extend-to must be at least {max_length}, what the softmax model reads; "
-            f"got {extend_to}"
+            f"--extend-to must be at least {max_length}, what the softmax model reads, and at most "
+            f"{MOST_TOKENS}; got {extend_to}"
         )
     return replace(arguments, max_length=max_length), fine_tune
 

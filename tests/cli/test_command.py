@@ -208,6 +208,7 @@ def test_errors_of_options_and_models(
         ({"--lengths": "5-3"}, 2, "'5-3' has its larger number first"),
         ({"--seed": "-1"}, 2, "--seed"),
         ({"--extend-to": "32"}, 4, "--extend-to must be at least 64"),
+        ({"--extend-to": "2000000"}, 4, "and at most 1048576; got 2000000"),
     ],
 )
 def test_errors(
@@ -263,7 +264,7 @@ def test_what_commands_need_is_in_their_extras() -> None:
 def test_help_says_the_defaults(command: str) -> None:
     """Square brackets are rich's markup, and vanish if they are not escaped."""
     shown = " ".join(run(command, "--help").stdout.replace("│", " ").split())
-    for text in ("Threads [default:", "for none [default: 128,256,... to 8192,"):
+    for text in ("Threads [default:", "for none [default: 128,256,... to 8192]"):
         assert text in shown
 
 
