@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.ops.problems import Call, Case, Results, draw, run
 
+ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16]
 # Few heads and long (the sequence is shared out over threads), many heads and short.
 SHAPES = [(1, 1, 5000, 64), (1, 3, 2100, 32), (3, 4, 150, 40)]
@@ -58,6 +63,30 @@ def test_threads(threads: None, shape: tuple[int, ...], dtype: torch.dtype, kind
     for count in (2, 3, 7):
         torch.set_num_threads(count)
         assert_same_bits(run(call, "cpu"), alone)
+
+
+WITHOUT_OPENMP = """
+import torch
+from fastattn.backends import cpu
+cpu._join_torch_threads = lambda: None
+from tests.ops.test_repeatability import SHAPES, assert_same_bits, long_call, run
+for shape in SHAPES:
+    for is_causal in (False, True):
+        call = long_call(shape, torch.float32, is_causal, "elu")
+        torch.set_num_threads(1)
+        alone = run(call, "cpu")
+        for count in (2, 3, 7):
+            torch.set_num_threads(count)
+            assert_same_bits(run(call, "cpu"), alone)
+assert cpu._native.openmp_path() == ""
+"""
+
+
+def test_threads_of_our_own() -> None:
+    """Where torch has no OpenMP runtime that can be joined: in a process that has joined none."""
+    command = [sys.executable, "-c", WITHOUT_OPENMP]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @causal
