@@ -53,7 +53,7 @@ struct Denominators {
   }
 };
 
-template <class Real>
+template <class Real, class Arith = Plain<Real>>
 class Call {
  protected:
   Call(const Problem& problem, const Arguments& args)
@@ -117,6 +117,19 @@ class Call {
     read_tile(a_.value, s.batch, h, s.key_begin + t, rows, p_.dtype, n_.values, mask, tile,
               n_.value_width);
     return tile;
+  }
+
+  // The same as an operand, paired along tokens.
+  const typename Arith::Element* value_operand(const Sequence& s, int64_t h, int64_t t,
+                                               int64_t rows, MaskRow mask, Real* tile,
+                                               typename Arith::Element* pairs) const {
+    if constexpr (Operand<Arith>::copies)  // its elements are those of the tensor
+      if (!mask.data && a_.value.feature == 1 && n_.values == n_.value_width) {
+        const uint16_t* first = row_of<uint16_t>(a_.value, s.batch, h, s.key_begin + t);
+        return Operand<Arith>::pair_rows({first, a_.value.token}, rows, n_.values, pairs);
+      }
+    return Operand<Arith>::pair_rows(values(s, h, t, rows, mask, tile), rows, n_.value_width,
+                                     pairs);
   }
 
   // tile = grad_out, each row multiplied by its factor where the outputs were divided.
@@ -216,7 +229,7 @@ class Call {
   Problem p_;
   Arguments a_;
   Sizes<Real> n_;
-  Features<Real> phi_;
+  Features<Real, Arith> phi_;
   std::vector<Sequence> sequences_;
 
  private:

@@ -23,14 +23,14 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 template <class Real, class Arith>
-class Causal : private Call<Real> {
+class Causal : private Call<Real, Arith> {
   using Exact = Plain<Real>;
   using Element = typename Arith::Element;
   using Pack = Operand<Arith>;
   using ForwardTile = ForwardChunk<Real, Arith>;
   using BackwardTile = BackwardChunk<Real>;
   using Factors = RowFactors<Real>;
-  using Base = Call<Real>;
+  using Base = Call<Real, Arith>;
   using typename Base::Buffer;
   using Base::a_, Base::n_, Base::p_, Base::phi_;
   using Base::divides, Base::head, Base::heads, Base::mask_at;
@@ -203,15 +203,14 @@ class Causal : private Call<Real> {
     const MaskRow mask = mask_at(s.batch, s.key_begin + t);
     phi_.of_keys(rows, mask, {}, Base::keys(s, h, t, rows, mask, tile.phi_k), tile.phi_k,
                  tile.inverse_norm);
-    return Pack::pair_rows(Base::values(s, h, t, rows, mask, tile.value), rows, n_.value_width,
-                           n_.value_width, tile.value_tokens);
+    return Base::value_operand(s, h, t, rows, mask, tile.value, tile.value_tokens);
   }
 
   // local += phi(k)^T v of the chunk.
   void accumulate(int64_t rows, const Element* values, LocalState<Real> local,
                   const ForwardTile& tile, Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
-    const Element* A = Pack::pair_rows(tile.phi_k, rows, fw, fw, tile.phi_k_tokens);
+    const Element* A = Pack::pair_rows(tile.phi_k, rows, fw, tile.phi_k_tokens);
     matmul<Arith, true>(n_.features, vw, Pack::elements(rows), A, 1, fw, values, vw, local.S, vw,
                         ahead);
     add_rows(local.z, tile.phi_k, rows, fw);
@@ -225,9 +224,9 @@ class Causal : private Call<Real> {
   KeyOperands prepare(int64_t rows, const Element* values, LocalState<Real> start,
                       LocalState<Real> local, const ForwardTile& tile) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
-    sum_of(tile.state.S, start.S, local.S, n_.state_elements());
     sum_of(tile.state.z, start.z, local.z, fw);
-    return {Pack::pair_rows(tile.state.S, n_.features, vw, vw, tile.state_features),
+    return {Pack::pair_rows_of_sum(start.S, local.S, n_.features, vw, tile.state.S,
+                                   tile.state_features),
             Pack::pair_columns_transposed(tile.phi_k, rows, n_.features, fw, tile.phi_k_transposed,
                                           tile.phi_k_features, kChunk),
             values};

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "../feature_maps.h"
+#include "matmul.h"
 #include "tile.h"
 
 namespace fastattn {
@@ -23,7 +24,7 @@ struct ColumnStatistics {
   const Real* inverse_sum = nullptr;
 };
 
-template <class Real>
+template <class Real, class Arith>
 class Features {
  public:
   static constexpr int L = kLanes<Real>;
@@ -58,7 +59,7 @@ class Features {
     if (map_ == FeatureMap::efficient)
       for_rows(rows, tile, [&](int64_t r, Real* row) {
         for (int64_t i = 0; i < width_; i += L) {
-          V x = exp(load(source[r] + i) - load(columns.maximum + i));
+          V x = Arith::exp(load(source[r] + i) - load(columns.maximum + i));
           if (columns.inverse_sum) x *= load(columns.inverse_sum + i);
           store(row + i, x);
         }
@@ -120,7 +121,7 @@ class Features {
     switch (map_) {
       case FeatureMap::elu:
         map(rows, source, tile, [=](V x) {
-          return phi_elu(exp(minimum<Real>(nil, x)), maximum<Real>(x, nil));
+          return phi_elu(Arith::exp(minimum<Real>(nil, x)), maximum<Real>(x, nil));
         });
         return clear_padding(rows, tile);
       case FeatureMap::relu:
@@ -207,13 +208,13 @@ class Features {
   }
 
   void exp_row(const Real* x, Real shift, Real* row) const {
-    for (int64_t i = 0; i < width_; i += L) store(row + i, exp(load(x + i) - shift));
+    for (int64_t i = 0; i < width_; i += L) store(row + i, Arith::exp(load(x + i) - shift));
     clear_padding(row);
   }
 
   static FASTATTN_INLINE V clamped_exp(V x) {
     const V top = splat(static_cast<Real>(kExpOfClamp));
-    return x > splat(static_cast<Real>(kExpClamp)) ? top : minimum<Real>(below(top), exp(x));
+    return x > splat(static_cast<Real>(kExpClamp)) ? top : minimum<Real>(below(top), Arith::exp(x));
   }
 
   // The largest number under `top`, so that phi == top says "clamped" and nothing else does.

@@ -11,7 +11,8 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// What one step of k multiplies: plain numbers, or with AVX512-BF16 two bf16 at a time.
+// What one step of k multiplies: plain numbers, or with AVX512-BF16 two bf16 at a time. And how well
+// e^x must be known for it.
 template <class Real>
 struct Plain {
   using Element = Real;
@@ -21,6 +22,7 @@ struct Plain {
   static FASTATTN_INLINE Vector<Real> multiply_add(Vector<Real> a, Vector<Real> b, Vector<Real> c) {
     return a * b + c;
   }
+  static FASTATTN_INLINE Vector<Real> exp(Vector<Real> x) { return FASTATTN_ISA::exp(x); }
 };
 
 #if defined(__AVX512BF16__)
@@ -35,6 +37,7 @@ struct Bf16Pairs {
   static FASTATTN_INLINE Vector<float> multiply_add(__m512i a, __m512i b, Vector<float> c) {
     return (Vector<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
+  static FASTATTN_INLINE Vector<float> exp(Vector<float> x) { return exp_for_bf16(x); }
 };
 #endif
 

@@ -17,12 +17,12 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 template <class Real, class Arith>
-class NonCausal : private Call<Real> {
+class NonCausal : private Call<Real, Arith> {
   static constexpr int64_t kRows = kTileRows;
   using Exact = Plain<Real>;
   using Element = typename Arith::Element;
   using Pack = Operand<Arith>;
-  using Base = Call<Real>;
+  using Base = Call<Real, Arith>;
   using typename Base::Buffer;
   using Base::a_, Base::n_, Base::p_, Base::phi_;
   using Base::divides, Base::head, Base::heads, Base::mask_at;
@@ -166,9 +166,9 @@ class NonCausal : private Call<Real> {
       const MaskRow mask = mask_at(s.batch, s.key_begin + t);
       phi_.of_keys(rows, mask, {maximum, nullptr}, Base::keys(s, h, t, rows, mask, tile.phi),
                    tile.phi, tile.inverse_norm);
-      const Real* value = Base::values(s, h, t, rows, mask, tile.value);
-      const Element* A = Pack::pair_rows(tile.phi, rows, fw, fw, tile.phi_pairs);
-      const Element* B = Pack::pair_rows(value, rows, vw, vw, tile.value_pairs);
+      const Element* A = Pack::pair_rows(tile.phi, rows, fw, tile.phi_pairs);
+      const Element* B =
+          Base::value_operand(s, h, t, rows, mask, tile.value, tile.value_pairs);
       auto ahead = Base::template keys_ahead<false>(s, h, t + kRows);
       matmul<Arith, true>(n_.features, vw, Pack::elements(rows), A, 1, fw, B, vw, part.S, vw, ahead);
       add_rows(part.z, tile.phi, rows, fw);
@@ -197,7 +197,7 @@ class NonCausal : private Call<Real> {
   }
 
   void prepare_state(LocalState<Real> total, const ForwardTile& tile) const {
-    Pack::pair_rows(total.S, n_.features, n_.value_width, n_.value_width, tile.state_pairs);
+    Pack::pair_rows(total.S, n_.features, n_.value_width, tile.state_pairs);
   }
 
   // Writes the outputs of segment i.

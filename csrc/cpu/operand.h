@@ -20,7 +20,12 @@ struct Operand<Plain<Real>> {
   // The operand made of a tile earlier on: the tile, or its packed copy.
   static const Real* either(const Real* tile, const Real*) { return tile; }
 
-  static const Real* pair_rows(const Real* tile, int64_t, int64_t, int64_t, Real*) { return tile; }
+  static const Real* pair_rows(const Real* tile, int64_t, int64_t, Real*) { return tile; }
+  static const Real* pair_rows_of_sum(const Real* a, const Real* b, int64_t rows, int64_t width,
+                                      Real* sum, Real*) {
+    sum_of(sum, a, b, rows * width);
+    return sum;
+  }
   static const Real* pair_columns(const Real* tile, int64_t, int64_t, Real*) { return tile; }
   static const Real* pair_columns_transposed(const Real* tile, int64_t rows, int64_t columns,
                                              int64_t ld, Real* transposed, Real*, int64_t ldc) {
@@ -41,18 +46,40 @@ struct Operand<Bf16Pairs> {
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
   }
 
-  // packed[r][i] = (tile[2r][i], tile[2r + 1][i]); an odd last row is paired with zeros.
-  static const uint32_t* pair_rows(const float* tile, int64_t rows, int64_t width, int64_t ld,
-                                   uint32_t* packed) {
+  // packed[r][i] = (row 2r, row 2r + 1)[i], where row(r, i) is 16 bf16 in halves of 32 bits; an odd
+  // last row is paired with zeros.
+  template <class Row>
+  static const uint32_t* pair(int64_t rows, int64_t width, uint32_t* packed, const Row& row) {
     for (int64_t r = 0; r < rows; r += 2)
       for (int64_t i = 0; i < width; i += 16) {
-        const __m512i low = widen(load(tile + r * ld + i));
-        const __m512i high =
-            r + 1 < rows ? widen(load(tile + (r + 1) * ld + i)) : _mm512_setzero_si512();
+        const __m512i low = row(r, i), high = r + 1 < rows ? row(r + 1, i) : _mm512_setzero_si512();
         _mm512_storeu_si512(packed + (r / 2) * width + i,
                             _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
     return packed;
+  }
+
+  static const uint32_t* pair_rows(const float* tile, int64_t rows, int64_t width,
+                                   uint32_t* packed) {
+    return pair(rows, width, packed, [&](int64_t r, int64_t i) FASTATTN_INLINE_LAMBDA {
+      return widen(load(tile + r * width + i));
+    });
+  }
+
+  static const uint32_t* pair_rows_of_sum(const float* a, const float* b, int64_t rows,
+                                          int64_t width, float*, uint32_t* packed) {
+    return pair(rows, width, packed, [&](int64_t r, int64_t i) FASTATTN_INLINE_LAMBDA {
+      return widen(load(a + r * width + i) + load(b + r * width + i));
+    });
+  }
+
+  // Of a tensor's rows, where they lie.
+  static const uint32_t* pair_rows(Rows<const uint16_t> source, int64_t rows, int64_t width,
+                                   uint32_t* packed) {
+    return pair(rows, width, packed, [&](int64_t r, int64_t i) FASTATTN_INLINE_LAMBDA {
+      return _mm512_cvtepu16_epi32(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source[r] + i)));
+    });
   }
 
   // packed[r][i] = (tile[r][2i], tile[r][2i + 1])
