@@ -31,7 +31,7 @@ status=0
 # context all is failure, so it stops early; interrupted, pytest still says what has failed.
 CUBLAS_WORKSPACE_CONFIG=:4096:8 FASTATTN_TEST_DEVICE=cuda FASTATTN_TEST_BACKENDS=$BACKENDS \
   FASTATTN_TEST_EXAMPLES=4 timeout -s INT -k 20 200 "$PYTHON" -m pytest -q --maxfail 40 \
-  -n "${JOBS:-8}" tests/gpu tests/ops > "$OUT/tests.txt" 2>&1 || status=$?
+  -n "${JOBS:-$(nproc)}" tests/gpu tests/ops > "$OUT/tests.txt" 2>&1 || status=$?
 tail -n 15 "$OUT/tests.txt"
 timeout 330 "$PYTHON" -m bench --device cuda --budget 270 --output "$OUT" "$@" || status=$?
 exit $status

@@ -28,7 +28,7 @@ class Causal : private Call<Real, Arith> {
   using Element = typename Arith::Element;
   using Pack = Operand<Arith>;
   using ForwardTile = ForwardChunk<Real, Arith>;
-  using BackwardTile = BackwardChunk<Real>;
+  using BackwardTile = BackwardChunk<Real, Arith>;
   using Factors = RowFactors<Real>;
   using Base = Call<Real, Arith>;
   using typename Base::Buffer;
@@ -282,8 +282,11 @@ class Causal : private Call<Real, Arith> {
     for_chunks(s, segment, [&](int64_t t, int64_t rows) {
       const Real* value = load_keys(s, h, t, rows, tile);
       running_sums<true>(tile.start.z, tile.phi_k, rows, fw, tile.z);
-      transpose<Real>(rows, n_.values, value, vw, tile.value_transposed, kChunk);
-      sum_of(tile.state_transposed, tile.start_transposed, tile.local_transposed, n_.values * fw);
+      const KeysBefore operands = {
+          Pack::pair_rows_of_sum(tile.start_transposed, tile.local_transposed, n_.values, fw,
+                                 tile.state_transposed, tile.state_features),
+          Pack::pair_rows(tile.phi_k, rows, fw, tile.phi_k_tokens),
+          values_transposed(rows, value, tile)};
       Base::for_query_heads(h, [&](int64_t q) {
         const int64_t in_group = q - h * n_.group;
         load_queries(s, q, t, rows, tile);
@@ -295,26 +298,40 @@ class Causal : private Call<Real, Arith> {
           copy(factors.inverse(in_group, t), den.inverse, rows);
         }
         Base::read_gradients(s, q, t, rows, den.inverse, tile.g);
-        query_gradient(rows, den, factors.delta(in_group, t), tile, ahead);
+        query_gradient(rows, operands, den, factors.delta(in_group, t), tile, ahead);
         Base::write_query_gradients(s, q, t, rows, tile.dphi_q);
       });
       auto ahead = Base::template keys_ahead<false>(s, h, t + kChunk);
-      matmul<Exact, true>(n_.values, fw, rows, value, 1, vw, tile.phi_k, fw,
+      const Element* A = Pack::pair_rows(value, rows, vw, tile.value_tokens);
+      matmul<Arith, true>(n_.values, fw, Pack::elements(rows), A, 1, vw, operands.keys, fw,
                           tile.local_transposed, fw, ahead);
     });
   }
 
+  // Right operands of dq that all query heads of one kv head share.
+  struct KeysBefore {
+    const Element *state_transposed, *keys, *values_transposed;
+  };
+
+  const Element* values_transposed(int64_t rows, const Real* value, const BackwardTile& tile) const {
+    return Pack::pair_columns_transposed(value, rows, n_.values, n_.value_width,
+                                         tile.value_transposed, tile.value_features, kChunk);
+  }
+
   // dq of one chunk: through the state before it, then through its own keys. Sets delta of its rows.
-  void query_gradient(int64_t rows, const Denominators<Real>& den, Real* delta,
-                      const BackwardTile& tile, Lookahead& ahead) const {
+  void query_gradient(int64_t rows, const KeysBefore& operands, const Denominators<Real>& den,
+                      Real* delta, const BackwardTile& tile, Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
-    Real *phi_q = tile.phi_q, *g = tile.g, *dphi_q = tile.dphi_q;
-    matmul<Exact, false>(rows, fw, n_.values, g, vw, 1, tile.state_transposed, fw, dphi_q, fw,
-                         ahead);
-    matmul_to_lower<Exact>(rows, n_.values, g, vw, 1, tile.value_transposed, kChunk, tile.scores,
-                           kChunk);
+    Real *phi_q = tile.phi_q, *dphi_q = tile.dphi_q;
+    const Element* g = Pack::pair_columns(tile.g, rows, vw, tile.g_features);
+    matmul<Arith, false>(rows, fw, Pack::elements(n_.values), g, Pack::elements(vw), 1,
+                         operands.state_transposed, fw, dphi_q, fw, ahead);
+    matmul_to_lower<Arith>(rows, Pack::elements(n_.values), g, Pack::elements(vw), 1,
+                           operands.values_transposed, kChunk, tile.scores, kChunk);
     keep_lower(tile.scores, rows);
-    matmul_from_lower<Exact>(rows, fw, tile.scores, kChunk, tile.phi_k, fw, dphi_q, fw);
+    const Element* scores = Pack::pair_columns(tile.scores, rows, kChunk, tile.scores_tokens);
+    matmul_from_lower<Arith>(rows, fw, scores, Pack::elements(kChunk), operands.keys, fw, dphi_q,
+                             fw, Pack::per_element);
     if (divides()) {
       Real along[kChunk];
       dots(phi_q, dphi_q, fw, rows, fw, along);
@@ -336,10 +353,13 @@ class Causal : private Call<Real, Arith> {
     n_.clear(local);
     for (int64_t t = begin + (end - begin - 1) / kChunk * kChunk; t >= begin; t -= kChunk) {
       const int64_t rows = std::min(kChunk, end - t);
+      KeysTransposed operands{};
       if constexpr (Writes) {
         const Real* value = load_keys(s, h, t, rows, tile);
-        transpose<Real>(rows, n_.values, value, vw, tile.value_transposed, kChunk);
-        transpose<Real>(rows, n_.features, tile.phi_k, fw, tile.phi_k_transposed, kChunk);
+        operands = {values_transposed(rows, value, tile),
+                    Pack::pair_columns_transposed(tile.phi_k, rows, n_.features, fw,
+                                                  tile.phi_k_transposed, tile.phi_k_features,
+                                                  kChunk)};
         auto ahead = Base::template keys_ahead<true>(s, h, t - kChunk);
         key_gradient_of_later_chunks(rows, value, after, local, tile, ahead);
       }
@@ -348,10 +368,12 @@ class Causal : private Call<Real, Arith> {
         const Real* delta = factors.delta(in_group, t);
         load_queries(s, q, t, rows, tile);
         Base::read_gradients(s, q, t, rows, factors.inverse(in_group, t), tile.g);
-        if constexpr (Writes) key_gradient_of_this_chunk(rows, delta, tile);
+        const Element* queries = Pack::pair_rows(tile.phi_q, rows, fw, tile.phi_q_tokens);
+        const Element* g = Pack::pair_rows(tile.g, rows, vw, tile.g_tokens);
+        if constexpr (Writes) key_gradient_of_this_chunk(rows, operands, queries, g, delta, tile);
         auto ahead = Base::template queries_ahead<false>(s, q, t - kChunk);
-        matmul<Exact, true>(n_.features, vw, rows, tile.phi_q, 1, fw, tile.g, vw, local.S, vw,
-                            ahead);
+        matmul<Arith, true>(n_.features, vw, Pack::elements(rows), queries, 1, fw, g, vw, local.S,
+                            vw, ahead);
         if (divides()) matmul<Exact, true>(1, fw, rows, delta, 0, 1, tile.phi_q, fw, local.z, fw);
       });
       if constexpr (Writes) {
@@ -370,28 +392,45 @@ class Causal : private Call<Real, Arith> {
     sum_of(tile.state.S, after.S, local.S, n_.state_elements());
     sum_of(tile.state.z, after.z, local.z, fw);
     transpose<Real>(n_.features, n_.values, tile.state.S, vw, tile.state_transposed, fw);
-    matmul<Exact, false>(rows, fw, n_.values, value, vw, 1, tile.state_transposed, fw,
-                         tile.dphi_k, fw, ahead);
+    const Element* dS_transposed =
+        Pack::pair_rows(tile.state_transposed, n_.values, fw, tile.state_features);
+    matmul<Arith, false>(rows, fw, Pack::elements(n_.values),
+                         Pack::either(value, tile.value_features), Pack::elements(vw), 1,
+                         dS_transposed, fw, tile.dphi_k, fw, ahead);
     for (int64_t r = 0; r < rows; ++r) add(tile.dphi_k + r * fw, tile.state.z, fw);
-    matmul<Exact, false>(rows, vw, n_.features, tile.phi_k, fw, 1, tile.state.S, vw, tile.dvalue,
-                         vw, ahead);
+    const Element* dS = Pack::pair_rows(tile.state.S, n_.features, vw, tile.state_features);
+    matmul<Arith, false>(rows, vw, Pack::elements(n_.features),
+                         Pack::either(tile.phi_k, tile.phi_k_features), Pack::elements(fw), 1, dS,
+                         vw, tile.dvalue, vw, ahead);
   }
 
+  // Right operands of scores that all query heads of one kv head share.
+  struct KeysTransposed {
+    const Element *values, *keys;
+  };
+
   // The same from the queries i >= j of this chunk, through the scores.
-  void key_gradient_of_this_chunk(int64_t rows, const Real* delta, const BackwardTile& tile) const {
+  void key_gradient_of_this_chunk(int64_t rows, const KeysTransposed& operands,
+                                  const Element* queries, const Element* g, const Real* delta,
+                                  const BackwardTile& tile) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
-    matmul_to_lower<Exact>(rows, n_.features, tile.phi_q, fw, 1, tile.phi_k_transposed, kChunk,
-                           tile.scores, kChunk);
-    keep_lower(tile.scores, rows);
-    matmul_from_lower_transposed<Exact>(rows, vw, tile.scores, kChunk, tile.g, vw, tile.dvalue, vw);
-    matmul_to_lower<Exact>(rows, n_.values, tile.g, vw, 1, tile.value_transposed, kChunk,
-                           tile.scores, kChunk);
+    const auto add_from_scores = [&](const Element* B, int64_t width, Real* sums) {
+      keep_lower(tile.scores, rows);
+      const Element* A = Pack::pair_rows(tile.scores, rows, kChunk, tile.scores_tokens);
+      matmul_from_lower_transposed<Arith>(rows, width, A, kChunk, B, width, sums, width,
+                                          Pack::per_element);
+    };
+    const Element* A_query = Pack::pair_columns(tile.phi_q, rows, fw, tile.phi_q_features);
+    matmul_to_lower<Arith>(rows, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
+                           operands.keys, kChunk, tile.scores, kChunk);
+    add_from_scores(g, vw, tile.dvalue);
+    const Element* A_g = Pack::pair_columns(tile.g, rows, vw, tile.g_features);
+    matmul_to_lower<Arith>(rows, Pack::elements(n_.values), A_g, Pack::elements(vw), 1,
+                           operands.values, kChunk, tile.scores, kChunk);
     if (divides())
       for (int64_t r = 0; r < rows; ++r)
         add_to_row(tile.scores + r * kChunk, delta[r], padded<Real>(r + 1));
-    keep_lower(tile.scores, rows);
-    matmul_from_lower_transposed<Exact>(rows, fw, tile.scores, kChunk, tile.phi_q, fw, tile.dphi_k,
-                                        fw);
+    add_from_scores(queries, fw, tile.dphi_k);
   }
 };
 

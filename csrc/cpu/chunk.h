@@ -80,12 +80,18 @@ struct RowFactors {
   }
 };
 
-// One chunk, and the states around it.
-template <class Real>
+// The same for backward, and the states around the chunk.
+template <class Real, class Arith>
 struct BackwardChunk {
+  using Pack = Operand<Arith>;
+  using Element = typename Arith::Element;
+
   BackwardChunk(const Sizes<Real>& n, Scratch& scratch)
       : start(n.take_state(scratch)), state(n.take_state(scratch)) {
     const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
+    const auto elements = [&](int64_t size) {
+      return Pack::copies ? scratch.template take<Element>(size) : nullptr;
+    };
     const int64_t fw = n.feature_width, vw = n.value_width;
     phi_k = reals(kChunk * fw);
     value = reals(kChunk * vw);
@@ -103,12 +109,24 @@ struct BackwardChunk {
     start_transposed = reals(vw * fw);
     local_transposed = reals(vw * fw);
     state_transposed = reals(vw * fw);
+    phi_k_tokens = elements(kChunk * fw);
+    phi_k_features = elements(kChunk * fw);  // packed, then transposed
+    value_tokens = elements(kChunk * vw);
+    value_features = elements(kChunk * vw);  // the same
+    phi_q_tokens = elements(kChunk * fw);
+    phi_q_features = elements(kChunk * fw);
+    g_tokens = elements(kChunk * vw);
+    g_features = elements(kChunk * vw);
+    scores_tokens = elements(kChunk * kChunk);
+    state_features = elements(fw * vw);
   }
   LocalState<Real> start, state;  // of the segment; its z goes along with the chunks
   Real *phi_k, *value, *dphi_k, *dvalue, *phi_q, *g, *dphi_q;
   Real* z;  // up to and including every key of the chunk
   Real *phi_k_transposed, *value_transposed, *scores, *inverse_norm_k, *inverse_norm_q;
   Real *start_transposed, *local_transposed, *state_transposed;
+  Element *phi_k_tokens, *phi_k_features, *value_tokens, *value_features, *phi_q_tokens,
+      *phi_q_features, *g_tokens, *g_features, *scores_tokens, *state_features;
 };
 
 }  // namespace FASTATTN_ISA

@@ -27,12 +27,12 @@ void forward_as(const Problem& problem, const Arguments& args) {
     Causal<Real, Arith>(problem, args).forward();
 }
 
-template <class Real>
+template <class Real, class Arith>
 void backward_as(const Problem& problem, const Arguments& args) {
   if (problem.is_causal)
-    Causal<Real, Plain<Real>>(problem, args).backward();
+    Causal<Real, Arith>(problem, args).backward();
   else
-    NonCausal<Real, Plain<Real>>(problem, args).backward();
+    NonCausal<Real, Arith>(problem, args).backward();
 }
 
 void forward(const Problem& problem, const Arguments& args) {
@@ -47,8 +47,14 @@ void forward(const Problem& problem, const Arguments& args) {
 }
 
 void backward(const Problem& problem, const Arguments& args) {
-  if (problem.dtype == DType::f64) return backward_as<double>(problem, args);
-  backward_as<float>(problem, args);
+  switch (problem.dtype) {
+    case DType::f64:
+      return backward_as<double, Plain<double>>(problem, args);
+    case DType::bf16:
+      return backward_as<float, Bf16>(problem, args);
+    default:
+      return backward_as<float, Plain<float>>(problem, args);
+  }
 }
 
 void step(const Problem& problem, const Arguments& args) {

@@ -200,11 +200,12 @@ void matmul_from_lower(int64_t rows, int64_t N, const typename Arith::Element* A
 template <class Arith>
 void matmul_from_lower_transposed(int64_t rows, int64_t N, const typename Arith::Element* A,
                                   int64_t lda, const typename Arith::Element* B, int64_t ldb,
-                                  typename Arith::Accumulator* C, int64_t ldc) {
+                                  typename Arith::Accumulator* C, int64_t ldc, int64_t per = 1) {
+  static_assert(kBlockRows % 2 == 0, "blocks begin where pairs do");
   for (int64_t j = 0; j < rows; j += kBlockRows) {
-    const int64_t count = rows - j < kBlockRows ? rows - j : kBlockRows;
-    matmul<Arith, true>(count, N, rows - j, A + j * lda + j, 1, lda, B + j * ldb, ldb, C + j * ldc,
-                        ldc);
+    const int64_t count = rows - j < kBlockRows ? rows - j : kBlockRows, k = j / per;
+    matmul<Arith, true>(count, N, (rows - j + per - 1) / per, A + k * lda + j, 1, lda, B + k * ldb,
+                        ldb, C + j * ldc, ldc);
   }
 }
 

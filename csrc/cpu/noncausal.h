@@ -243,12 +243,15 @@ class NonCausal : private Call<Real, Arith> {
 
   // ---- backward ---------------------------------------------------------------------------------
 
-  // What both passes share: a tile of tokens, the saved state and the transposed matrices.
+  // What both passes share: a tile of tokens, the saved state, and S transposed in the pass over
+  // queries, dS in the one over keys.
   struct BackwardTile {
     BackwardTile(const Sizes<Real>& n, Scratch& scratch) : state(n.take_state(scratch)) {
       const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
-      S_transposed = reals(n.value_width * n.feature_width);
-      dS_transposed = reals(n.value_width * n.feature_width);
+      const auto elements = [&](int64_t size) {
+        return Pack::copies ? scratch.template take<Element>(size) : nullptr;
+      };
+      transposed = reals(n.value_width * n.feature_width);
       maximum = reals(n.feature_width);
       column_sums = reals(n.feature_width);
       phi = reals(kRows * n.feature_width);
@@ -256,17 +259,23 @@ class NonCausal : private Call<Real, Arith> {
       value = reals(kRows * n.value_width);  // or g = do / den
       dvalue = reals(kRows * n.value_width);
       inverse_norm = reals(kRows);
+      phi_pairs = elements(kRows * n.feature_width);
+      value_pairs = elements(kRows * n.value_width);
+      transposed_pairs = elements(n.value_width * n.feature_width);
+      gradient_pairs = elements(n.value_width * n.feature_width);
     }
     LocalState<Real> state;
-    Real *S_transposed, *dS_transposed, *maximum, *column_sums;
+    Real *transposed, *maximum, *column_sums;
     Real *phi, *dphi, *value, *dvalue, *inverse_norm;
+    Element *phi_pairs, *value_pairs, *transposed_pairs, *gradient_pairs;
   };
 
   void restore(const Sequence& s, int64_t h, const BackwardTile& tile) const {
     const State saved = saved_at(s, h);
     n_.read(saved, 0, tile.state);
-    transpose<Real>(n_.features, n_.values, tile.state.S, n_.value_width, tile.S_transposed,
+    transpose<Real>(n_.features, n_.values, tile.state.S, n_.value_width, tile.transposed,
                     n_.feature_width);
+    Pack::pair_rows(tile.transposed, n_.values, n_.feature_width, tile.transposed_pairs);
     zero(tile.maximum, n_.feature_width);
     if (p_.feature_map == FeatureMap::efficient)
       copy(tile.maximum, static_cast<const Real*>(saved.z) + n_.features, n_.features);
@@ -275,7 +284,9 @@ class NonCausal : private Call<Real, Arith> {
   // For the pass over keys: dS transposed, and sum_j phi(k_j) dphi(k_j) = rows of dS . rows of S.
   void prepare_gradient(LocalState<Real> gradient, const BackwardTile& tile) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
-    transpose<Real>(n_.features, n_.values, gradient.S, vw, tile.dS_transposed, fw);
+    transpose<Real>(n_.features, n_.values, gradient.S, vw, tile.transposed, fw);
+    Pack::pair_rows(tile.transposed, n_.values, fw, tile.transposed_pairs);
+    Pack::pair_rows(gradient.S, n_.features, vw, tile.gradient_pairs);
     dots(gradient.S, tile.state.S, vw, n_.features, vw, tile.column_sums);
   }
 
@@ -285,6 +296,7 @@ class NonCausal : private Call<Real, Arith> {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     Real *phi = tile.phi, *dphi = tile.dphi, *g = tile.value;
     const Real* z = tile.state.z;
+    const Element* S_transposed = Pack::either(tile.transposed, tile.transposed_pairs);
     n_.clear(part);
     for (int64_t t = s.queries.begin(i); t < s.queries.end(i); t += kRows) {
       const int64_t rows = std::min(kRows, s.queries.end(i) - t);
@@ -297,7 +309,9 @@ class NonCausal : private Call<Real, Arith> {
         }
         Base::read_gradients(s, q, t, rows, den.inverse, g);
         auto ahead = Base::template queries_ahead<true>(s, q, t + kRows);
-        matmul<Exact, false>(rows, fw, n_.values, g, vw, 1, tile.S_transposed, fw, dphi, fw, ahead);
+        const Element* g_values = Pack::pair_columns(g, rows, vw, tile.value_pairs);
+        matmul<Arith, false>(rows, fw, Pack::elements(n_.values), g_values, Pack::elements(vw), 1,
+                             S_transposed, fw, dphi, fw, ahead);
         if (divides()) {
           Real delta[kRows];
           dots(phi, dphi, fw, rows, fw, delta);
@@ -305,7 +319,10 @@ class NonCausal : private Call<Real, Arith> {
           for (int64_t r = 0; r < rows; ++r) add_scaled(dphi + r * fw, z, delta[r], fw);
           matmul<Exact, true>(1, fw, rows, delta, 0, 1, phi, fw, part.z, fw);
         }
-        matmul<Exact, true>(n_.features, vw, rows, phi, 1, fw, g, vw, part.S, vw, ahead);
+        const Element* A = Pack::pair_rows(phi, rows, fw, tile.phi_pairs);
+        const Element* B = Pack::pair_rows(g, rows, vw, tile.value_pairs);
+        matmul<Arith, true>(n_.features, vw, Pack::elements(rows), A, 1, fw, B, vw, part.S, vw,
+                            ahead);
         phi_.chain_queries(phi, tile.inverse_norm, rows, dphi);
         Base::write_query_gradients(s, q, t, rows, dphi);
       });
@@ -317,6 +334,8 @@ class NonCausal : private Call<Real, Arith> {
                      const BackwardTile& tile) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     Real *phi = tile.phi, *dphi = tile.dphi;
+    const Element* dS = Pack::either(gradient.S, tile.gradient_pairs);
+    const Element* dS_transposed = Pack::either(tile.transposed, tile.transposed_pairs);
     for (int64_t t = s.keys.begin(i); t < s.keys.end(i); t += kRows) {
       const int64_t rows = std::min(kRows, s.keys.end(i) - t);
       const MaskRow mask = mask_at(s.batch, s.key_begin + t);
@@ -324,11 +343,13 @@ class NonCausal : private Call<Real, Arith> {
                    phi, tile.inverse_norm);
       const Real* value = Base::values(s, h, t, rows, mask, tile.value);
       auto ahead = Base::template keys_ahead<true>(s, h, t + kRows);
-      matmul<Exact, false>(rows, fw, n_.values, value, vw, 1, tile.dS_transposed, fw, dphi, fw,
-                           ahead);
+      const Element* value_columns = Pack::pair_columns(value, rows, vw, tile.value_pairs);
+      matmul<Arith, false>(rows, fw, Pack::elements(n_.values), value_columns, Pack::elements(vw),
+                           1, dS_transposed, fw, dphi, fw, ahead);
       for (int64_t r = 0; r < rows; ++r) add(dphi + r * fw, gradient.z, fw);
-      matmul<Exact, false>(rows, vw, n_.features, phi, fw, 1, gradient.S, vw, tile.dvalue, vw,
-                           ahead);
+      const Element* phi_columns = Pack::pair_columns(phi, rows, fw, tile.phi_pairs);
+      matmul<Arith, false>(rows, vw, Pack::elements(n_.features), phi_columns, Pack::elements(fw),
+                           1, dS, vw, tile.dvalue, vw, ahead);
       phi_.chain_keys(phi, tile.inverse_norm, rows, mask, tile.column_sums, dphi);
       Base::write_key_gradients(s, h, t, rows, dphi, tile.dvalue);
     }

@@ -91,7 +91,7 @@ struct Operand<Bf16Pairs> {
     return packed;
   }
 
-  // packed[i][r] = (tile[r][2i], tile[r][2i + 1]); `pairs` has room for both orientations.
+  // packed[i][r] = (tile[r][2i], tile[r][2i + 1]), in `pairs` behind what pair_columns gives.
   static const uint32_t* pair_columns_transposed(const float* tile, int64_t rows, int64_t,
                                                  int64_t ld, float*, uint32_t* pairs, int64_t ldc) {
     uint32_t* transposed = pairs + rows * (ld / 2);

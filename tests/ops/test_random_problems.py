@@ -7,10 +7,11 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fastattn import feature_maps
+from tests.conftest import DEVICE
 from tests.ops import plain
 from tests.ops.problems import LAYOUTS, Case, assert_accurate, draw, error, run, truth
 
@@ -63,6 +64,8 @@ def example(function):  # type: ignore[no-untyped-def]
     checked = settings(
         max_examples=int(os.environ.get("FASTATTN_TEST_EXAMPLES", 120)),
         deadline=None,
+        # On a GPU every smaller example compiles kernels of its own: minutes for one failure.
+        phases=list(Phase) if DEVICE == "cpu" else [Phase.explicit, Phase.generate],
         derandomize=False,
         database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

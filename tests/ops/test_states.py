@@ -136,7 +136,9 @@ def test_a_loop_of_steps_is_the_causal_call(
     assert error(torch.cat(outs, 2), right) < 4 * max(torch.finfo(dtype).eps, 1e-15)
 
 
-@pytest.mark.parametrize("dims", [(1, 1), (3, 5), (60, 60), (64, 64), (128, 256), (256, 17)])
+@pytest.mark.parametrize(
+    "dims", [(1, 1), (3, 5), (32, 33), (60, 60), (64, 64), (128, 256), (256, 17)]
+)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_step_of_any_size(backend: str, dims: tuple[int, int], normalize: bool) -> None:
     call = draw(

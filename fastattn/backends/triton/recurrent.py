@@ -80,4 +80,5 @@ def recurrent(
                 out_row = at(out, batch, h, first + t, out_b, out_h, out_n, UNIT)
                 store_tile(out_row, o, one, values, present, out_n, out_d, DV, BLOCK_V, UNIT)
         if RETURN_STATE:
+            tl.debug_barrier()  # a step replaces the state that it reads: all have read it by now
             store_state(end_S, end_z, S, z, state, features, values, True, D, DV, MAP)
