@@ -4,8 +4,9 @@
 # comes last; the numbers go to OUT/cuda.json, what the tests said to OUT/tests.txt.
 #   bench/gpu.sh OUT [options of python -m bench]
 #
-# The CUDA kernels take part if they are built (FASTATTN_CUDA=1 pip install .). SANITIZE=1 also runs
-# them under compute-sanitizer, which takes minutes more.
+# The CUDA kernels take part if they are built beside these sources, which hide an installed package:
+# FASTATTN_CUDA=1 pip install --no-build-isolation --no-deps -e . SANITIZE=1 also runs them under
+# compute-sanitizer, which takes minutes more.
 set -eu
 [ $# -ge 1 ] || { echo "usage: bench/gpu.sh OUT [options of python -m bench]" >&2; exit 2; }
 mkdir -p "$1"
@@ -20,13 +21,16 @@ if "$PYTHON" -c "import fastattn._cuda"; then
 else
   echo "fastattn._cuda is not built: the tests of the CUDA kernels are left out" >&2
 fi
+status=0
 if [ -n "${SANITIZE:-}" ]; then
+  # Only our kernels, and no errors of the API: what torch probes for and does not find is one, too.
   for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      --target-processes all "$PYTHON" -m bench.gpu_check
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 20 240 compute-sanitizer --tool "$tool" \
+      --error-exitcode 1 --report-api-errors no --kernel-regex kns=fastattn --target-processes all \
+      "$PYTHON" -m bench.gpu_check > "$OUT/$tool.txt" 2>&1 || status=$?
+    tail -n 15 "$OUT/$tool.txt"
   done
 fi
-status=0
 # Every drawn problem compiles kernels of its own, so few are drawn. After a fault that breaks a GPU's
 # context all is failure, so it stops early; interrupted, pytest still says what has failed.
 CUBLAS_WORKSPACE_CONFIG=:4096:8 FASTATTN_TEST_DEVICE=cuda FASTATTN_TEST_BACKENDS=$BACKENDS \

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import LinearAttentionState, feature_maps, linear_attention
+from fastattn import LinearAttentionState, feature_maps, linear_attention, linear_attention_step
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -64,6 +64,31 @@ def check(backend: str, device: str, name: str, dtype: torch.dtype) -> list[str]
     return wrong
 
 
+def check_tokens(backend: str, device: str, dtype: torch.dtype) -> list[str]:
+    """The kernels that take one token after another: the recurrent form, and steps of a state."""
+    q, k, v = (torch.randn(2, heads, 40, 60).to(dtype) for heads in (4, 2, 2))
+    ours, right = (
+        _tokens([x.to(place).to(kind) for x in (q, k, v)], name)
+        for place, kind, name in ((device, dtype, backend), ("cpu", torch.float64, "reference"))
+    )
+    errors = [float((a.to(b) - b).norm() / b.norm()) for a, b in zip(ours, right, strict=True)]
+    return [] if max(errors) <= BOUNDS[dtype] else [f"{backend} {dtype} tokens: {errors}"]
+
+
+def _tokens(tensors: list[Tensor], backend: str) -> list[Tensor]:
+    mask = torch.ones(2, 40, dtype=torch.bool, device=tensors[0].device)
+    mask[1, 3::4] = False
+    options: dict[str, Any] = {"enable_gqa": True, "backend": backend}
+    out, state = linear_attention(
+        *tensors, is_causal=True, key_mask=mask, return_state=True, form="recurrent", **options
+    )
+    steps = [
+        linear_attention_step(*(x[:, :, i : i + 1] for x in tensors), state, **options)
+        for i in range(3)
+    ]
+    return [out, *steps, state.S, state.z]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
     parser.add_argument("--device", default="cuda")
@@ -76,6 +101,7 @@ def main() -> int:
         for name in feature_maps.names()
         for line in check(args.backend, args.device, name, dtype)
     ]
+    wrong += [line for dtype in BOUNDS for line in check_tokens(args.backend, args.device, dtype)]
     print(*wrong, sep="\n")
     print(f"{len(wrong)} calls are wrong" if wrong else "every call agrees with the reference")
     return 1 if wrong else 0

@@ -51,7 +51,10 @@ void backward(const Problem& problem, const Arguments& args) {
     case DType::f64:
       return backward_as<double, Plain<double>>(problem, args);
     case DType::bf16:
-      return backward_as<float, Bf16>(problem, args);
+      // The gradient of a softmax over tokens is a difference, which rounded products would leave.
+      if (problem.feature_map != FeatureMap::efficient)
+        return backward_as<float, Bf16>(problem, args);
+      [[fallthrough]];
     default:
       return backward_as<float, Plain<float>>(problem, args);
   }

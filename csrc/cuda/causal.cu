@@ -29,11 +29,22 @@ __global__ void fold_segments_kernel(const __grid_constant__ C c, const float*, 
     const Segment first = first_segment(c.p, c.a.cu_seqlens_k, c.p.key_length, row);
     const float* start = number_of(Backwards ? c.a.grad_final : c.a.initial, c, row, head, i);
     float sum = start ? *start : 0.0f;
-    for (int64_t k = 1; k < first.count; ++k) {
+    const auto at = [&](int64_t k) {
       const int64_t segment = Backwards ? first.count - k : k;
-      float* own = states + ((first.anchor + segment) * c.p.num_kv_heads + head) * stride + i;
-      sum += *own;
-      *own = sum;
+      return states + ((first.anchor + segment) * c.p.num_kv_heads + head) * stride + i;
+    };
+    // Several loads before the first store: the compiler may not move them across it.
+    constexpr int kAhead = 8;
+    for (int64_t k = 1; k < first.count; k += kAhead) {
+      float own[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) own[j] = k + j < first.count ? *at(k + j) : 0.0f;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (k + j >= first.count) break;
+        sum += own[j];
+        *at(k + j) = sum;
+      }
     }
   });
 }
@@ -165,7 +176,7 @@ __global__ void query_gradient_kernel(const __grid_constant__ C c, float* anchor
     const bool more = next < s.begin + s.tokens;
     __syncthreads();
     load_keys(c, phi, s, {kv_head, token}, {more ? kv_head : -1, next}, valid, active, t);
-    load_queries(c, phi, s, {head, token}, {more ? head : -1, next}, valid, active, t);
+    load_queries(c, phi, s, {head, token}, {more ? head : -1, next}, valid, active, t, ahead);
     multiply_lower<C>(active, t.phi_q, t.phi_k, n.feature_width, t.scores);
     __syncthreads();
     for (int r = warp_index(); r < valid; r += warp_count()) {
@@ -268,7 +279,8 @@ __global__ void key_gradient_kernel(const __grid_constant__ C c, float* sums_of_
       Rows next{more ? first_head : -1, before};
       if (head + 1 < end_head) next = {head + 1, token};
       __syncthreads();
-      load_queries(c, phi, s, {head, token}, next, valid, active, t);
+      load_queries(c, phi, s, {head, token}, next, valid, active, t,
+                   ahead && Writes && head == first_head);
       for (int r = warp_index(); r < active; r += warp_count()) {
         const float2 own = r < valid ? *factors.at(c, s.batch, head, token + r) : float2{0, 0};
         if (c.divides()) divide_row(c, t, r, own.x);

@@ -157,14 +157,17 @@ __device__ __forceinline__ void load_keys(const C& c, const typename C::Phi& phi
   if (t.ahead && next.head >= 0) start_keys(c, s, next, t);
 }
 
-// phi(q), and do in g's place, still undivided (nothing is rounded yet).
+// phi(q), and do in g's place, still undivided (nothing is rounded yet). Arrived: load_keys has waited
+// for these rows, and sent for the next keys, which nobody needs yet.
 template <class C>
 __device__ __forceinline__ void load_queries(const C& c, const typename C::Phi& phi,
                                              const Segment& s, Rows at, Rows next, int valid,
-                                             int active, const BackwardTiles<C>& t) {
+                                             int active, const BackwardTiles<C>& t, bool arrived) {
   if (!t.ahead) start_queries(c, s, at, t);
-  wait_for_copies();
-  __syncthreads();
+  if (!arrived) {
+    wait_for_copies();
+    __syncthreads();
+  }
   queries_to_features(c, phi, valid, active, t.stage_q, t.phi_q, t.inverse_norm_q);
   for (int r = warp_index(); r < active; r += warp_count())
     for (int i = lane_index(); i < c.n.value_width; i += 32)

@@ -33,16 +33,25 @@ struct SumTiles {
   }
 };
 
-// For `efficient`: the maximum of every feature over the keys of a segment that take part.
+// For `efficient`: the maximum of every feature over the keys of a segment that take part. A warp to a
+// token; `partial` has room for the maxima of every warp.
 template <class C>
-__device__ void find_maximum(const C& c, const Segment& s, int64_t head, float* maximum) {
-  using T = typename C::T;
-  const T* keys = static_cast<const T*>(c.a.key.data);
+__device__ void find_maximum(const C& c, const Segment& s, int64_t head, float* partial,
+                             float* maximum) {
+  const auto* keys = static_cast<const typename C::T*>(c.a.key.data);
+  typename C::Row row;
+  row.each(c.n.features, [&](int, float& m) { m = -FLT_MAX; });
+#pragma unroll 4
+  for (int64_t t = s.begin + warp_index(); t < s.begin + s.tokens; t += warp_count())
+    if (c.keeps(s.batch, t))
+      row.each(c.n.features, [&](int f, float& m) {
+        m = fmaxf(m, to_float(keys[c.a.key.offset(s.batch, head, t) + f * c.a.key.feature]));
+      });
+  row.each(c.n.features, [&](int f, float& m) { partial[warp_index() * c.n.features + f] = m; });
+  __syncthreads();
   for (int f = threadIdx.x; f < c.n.features; f += blockDim.x) {
     float m = -FLT_MAX;
-    for (int64_t t = s.begin; t < s.begin + s.tokens; ++t)
-      if (c.keeps(s.batch, t))
-        m = fmaxf(m, to_float(keys[c.a.key.offset(s.batch, head, t) + f * c.a.key.feature]));
+    for (int w = 0; w < warp_count(); ++w) m = fmaxf(m, partial[w * c.n.features + f]);
     maximum[f] = m;
   }
   __syncthreads();
@@ -54,7 +63,8 @@ __device__ void sum_keys(const C& c, const typename C::Phi& phi, const Segment& 
                          const SumTiles<C>& t) {
   const auto& n = c.n;
   load_state(n, {}, t.state);
-  if (c.p.feature_map == FeatureMap::efficient) find_maximum(c, s, head, t.maximum);
+  if (c.p.feature_map == FeatureMap::efficient)
+    find_maximum(c, s, head, reinterpret_cast<float*>(t.stage_k.data), t.maximum);
   const auto start = [&](int64_t token) {
     const int valid = tokens_from(s, token, n.rows);
     fetch(t.stage_k, c.a.key, s.batch, head, token, valid, n.head_dim);

@@ -96,15 +96,24 @@ class Token {
     float sum = 0;
     if (part_ >= parts_ || column_ >= c_.n.values) return sum;
     const float value = t_.value[column_];
-#pragma unroll 8
-    for (int f = part_; f < c_.n.features; f += parts_) {
-      float& element = S[f * c_.n.values + column_];
-      float state = element;
-      if (Update) {
-        state += t_.phi_k[f] * value;
-        element = state;
+    // Loads of several rows before the first store: the compiler may not move them across it.
+    for (int first = part_; first < c_.n.features; first += kAhead * parts_) {
+      float state[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int f = first + i * parts_;
+        state[i] = f < c_.n.features ? S[f * c_.n.values + column_] : 0.0f;
       }
-      sum += t_.phi_q[f] * state;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int f = first + i * parts_;
+        if (f >= c_.n.features) break;
+        if (Update) {
+          state[i] += t_.phi_k[f] * value;
+          S[f * c_.n.values + column_] = state[i];
+        }
+        sum += t_.phi_q[f] * state[i];
+      }
     }
     return sum;
   }
@@ -122,6 +131,8 @@ class Token {
     T* out = static_cast<T*>(c_.a.out.data) + c_.a.out.offset(batch, head, token);
     out[v * c_.a.out.feature] = from_float<T>(sum * inverse);
   }
+
+  static constexpr int kAhead = 16;  // rows of S that a thread has on their way
 
   const C& c_;
   const TokenTiles& t_;

@@ -124,7 +124,8 @@ class CUDABackend:
             z = self._empty(heads, torch.float32, device)
         saved = self._empty((self.saved_size(problem),), torch.float32, device)
         if problem.is_causal and problem.needs_grad:
-            saved.zero_()  # packed sequences may need fewer states than the bound
+            # Packed sequences may need fewer states than the bound; others leave two numbers over.
+            (saved[-2:] if problem.num_sequences is None else saved).zero_()
         target, _workspace = self._prepare(native, device, is_backward=False)
         self._library.forward(
             native,

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from bench import gpu_check, plain
-from fastattn import LinearAttentionState, feature_maps, linear_attention, linear_attention_step
+from fastattn import (
+    LinearAttentionState,
+    backends,
+    feature_maps,
+    linear_attention,
+    linear_attention_step,
+)
 
 causal = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 
@@ -112,6 +118,26 @@ def test_few_and_many_heads_give_the_same_bits(
     for one, other, single in zip(*results, alone, strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one[1:], single)
+
+
+@causal
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_few_and_many_multiprocessors_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, is_causal: bool
+) -> None:
+    """On one multiprocessor a block walks a whole causal sequence, which takes 132 heads here."""
+    cuda = backends.load("cuda")
+    if isinstance(cuda, str):
+        pytest.skip(cuda)
+    tensors = draw(2, 4, 4100, 64, dtype)
+    shared_bytes, _ = cuda._limits(torch.cuda.current_device())
+    results = []
+    for limits in ((shared_bytes, 1), (shared_bytes, 10**6), (99 << 10, 10**6)):
+        monkeypatch.setattr(cuda, "_limits", lambda index, limits=limits: limits)
+        results.append(train(tensors, is_causal=is_causal, backend="cuda"))
+    for walked, cut, spilled in zip(*results, strict=True):
+        assert torch.equal(walked, cut)
+        assert torch.equal(spilled, cut)
 
 
 @causal
