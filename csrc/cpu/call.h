@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 
 #include "features.h"
 #include "lookahead.h"
@@ -56,8 +57,9 @@ struct Denominators {
 template <class Real, class Arith = Plain<Real>>
 class Call {
  protected:
-  Call(const Problem& problem, const Arguments& args)
-      : p_(problem), a_(args), n_(problem), phi_(problem), sequences_(sequences_of(problem, args)) {}
+  // Of all sequences of the problem, or some.
+  Call(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences)
+      : p_(problem), a_(args), n_(problem), phi_(problem), sequences_(std::move(sequences)) {}
 
   // ---- handing out work -------------------------------------------------------------------------
 
@@ -66,7 +68,7 @@ class Call {
   // body(sequence, kv head)
   template <class Body>
   void for_heads(const Body& body) const {
-    parallel_for(heads(), a_.threads, [&](int64_t task) {
+    parallel_for(tasks(), a_.threads, [&](int64_t task) {
       body(sequences_[static_cast<size_t>(task / p_.num_kv_heads)], task % p_.num_kv_heads);
     });
   }
@@ -233,6 +235,8 @@ class Call {
   std::vector<Sequence> sequences_;
 
  private:
+  int64_t tasks() const { return static_cast<int64_t>(sequences_.size()) * p_.num_kv_heads; }
+
   Rows<const Real> features(const Strided& tensor, int64_t batch, int64_t head, int64_t token,
                             int64_t rows, MaskRow mask, Real* tile) const {
     if (!mask.data && n_.feature_width == p_.head_dim &&
@@ -246,7 +250,7 @@ class Call {
   template <class Body>
   void for_segments(Segments Sequence::*kind, const Body& body) const {
     const int64_t most = most_segments();
-    parallel_for(heads() * most, a_.threads, [&](int64_t task) {
+    parallel_for(tasks() * most, a_.threads, [&](int64_t task) {
       const int64_t index = task / most, segment = task % most;
       const Sequence& s = sequences_[static_cast<size_t>(index / p_.num_kv_heads)];
       const int64_t h = index % p_.num_kv_heads;

@@ -37,7 +37,8 @@ class Causal : private Call<Real, Arith> {
   using Base::for_heads, Base::for_key_segments;
 
  public:
-  Causal(const Problem& problem, const Arguments& args) : Base(problem, args) {}
+  Causal(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences)
+      : Base(problem, args, std::move(sequences)) {}
 
   void forward() {
     if (Base::whole_heads()) {

@@ -2,6 +2,8 @@
 #include "kernels.h"
 
 #include <chrono>
+#include <utility>
+#include <vector>
 
 #include "causal.h"
 #include "noncausal.h"
@@ -19,20 +21,33 @@ using Bf16 = Plain<float>;  // no bf16 products: computed in float32
 
 template <class Real, class Arith>
 void forward_as(const Problem& problem, const Arguments& args) {
+  auto sequences = sequences_of(problem, args);
   if (!problem.is_causal)
-    NonCausal<Real, Arith>(problem, args).forward();
+    NonCausal<Real, Arith>(problem, args, std::move(sequences)).forward();
   else if (problem.form == Form::recurrent)
-    Recurrent<Real>(problem, args).forward();
+    Recurrent<Real>(problem, args, std::move(sequences)).forward();
   else
-    Causal<Real, Arith>(problem, args).forward();
+    Causal<Real, Arith>(problem, args, std::move(sequences)).forward();
 }
 
-template <class Real, class Arith>
-void backward_as(const Problem& problem, const Arguments& args) {
+template <class Real, class Arith = Plain<Real>>
+void backward_as(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences) {
   if (problem.is_causal)
-    Causal<Real, Arith>(problem, args).backward();
+    Causal<Real, Arith>(problem, args, std::move(sequences)).backward();
   else
-    NonCausal<Real, Arith>(problem, args).backward();
+    NonCausal<Real, Arith>(problem, args, std::move(sequences)).backward();
+}
+
+// Gradients are differences, of which little is left with few keys, in a softmax over tokens and where
+// 1 + cosine is close to 0: there the rounding of products to bf16 would show, so they are float32.
+void backward_of_bf16(const Problem& problem, const Arguments& args) {
+  const bool all_cancel = problem.feature_map == FeatureMap::efficient ||
+                          problem.feature_map == FeatureMap::cosine;
+  std::vector<Sequence> exact, rounded;
+  for (const Sequence& s : sequences_of(problem, args))
+    (all_cancel || s.keys.tokens <= kTileRows ? exact : rounded).push_back(s);
+  if (!exact.empty()) backward_as<float>(problem, args, std::move(exact));
+  if (!rounded.empty()) backward_as<float, Bf16>(problem, args, std::move(rounded));
 }
 
 void forward(const Problem& problem, const Arguments& args) {
@@ -49,20 +64,20 @@ void forward(const Problem& problem, const Arguments& args) {
 void backward(const Problem& problem, const Arguments& args) {
   switch (problem.dtype) {
     case DType::f64:
-      return backward_as<double, Plain<double>>(problem, args);
+      return backward_as<double>(problem, args, sequences_of(problem, args));
     case DType::bf16:
-      // The gradient of a softmax over tokens is a difference, which rounded products would leave.
-      if (problem.feature_map != FeatureMap::efficient)
-        return backward_as<float, Bf16>(problem, args);
-      [[fallthrough]];
+      return backward_of_bf16(problem, args);
     default:
-      return backward_as<float, Plain<float>>(problem, args);
+      return backward_as<float>(problem, args, sequences_of(problem, args));
   }
 }
 
 void step(const Problem& problem, const Arguments& args) {
-  if (problem.dtype == DType::f64) return Recurrent<double>(problem, args).step();
-  Recurrent<float>(problem, args).step();
+  auto sequences = sequences_of(problem, args);
+  if (problem.dtype == DType::f64)
+    Recurrent<double>(problem, args, std::move(sequences)).step();
+  else
+    Recurrent<float>(problem, args, std::move(sequences)).step();
 }
 
 double multiply_add(double seconds) {

@@ -29,7 +29,8 @@ class NonCausal : private Call<Real, Arith> {
   using Base::for_heads, Base::for_key_segments, Base::for_query_segments;
 
  public:
-  NonCausal(const Problem& problem, const Arguments& args) : Base(problem, args) {}
+  NonCausal(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences)
+      : Base(problem, args, std::move(sequences)) {}
 
   void forward() {
     if (Base::whole_heads()) {

@@ -19,7 +19,8 @@ class Recurrent : private Call<Real> {
   using Base::a_, Base::n_, Base::p_, Base::phi_;
 
  public:
-  Recurrent(const Problem& problem, const Arguments& args) : Base(problem, args) {}
+  Recurrent(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences)
+      : Base(problem, args, std::move(sequences)) {}
 
   // One token; the caller's state is updated in place.
   void step() {

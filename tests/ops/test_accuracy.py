@@ -145,6 +145,14 @@ def test_16_bit_head_sizes(backend: str, dtype: torch.dtype, dim: int, is_causal
     assert_no_worse_than_plain(Case(1, 2, 199, dim, dtype=dtype, is_causal=is_causal), backend)
 
 
+@causal
+@pytest.mark.parametrize("length", [1, 2, 5, 48, 49, 97])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_16_bit_lengths(backend: str, dtype: torch.dtype, length: int, is_causal: bool) -> None:
+    """With few keys gradients almost cancel: what little is left must not be rounding."""
+    assert_no_worse_than_plain(Case(2, 2, length, 64, dtype=dtype, is_causal=is_causal), backend)
+
+
 def assert_no_worse_than_plain(case: Case, backend: str) -> None:
     call = draw(case)
     reference = truth(call)
