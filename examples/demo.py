@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import harvest
 
 import fastattn
+from fastattn import _native
 from fastattn.cli.options import has_bf16, set_up
 from fastattn.recipes.arguments import Arguments
 from fastattn.recipes.compare import compare
@@ -30,6 +31,8 @@ from fastattn.recipes.compress import CompressArguments, compress
 from fastattn.recipes.linearize import linearize
 from fastattn.recipes.models import load_config, load_tokenizer
 from fastattn.recipes.report import plot, print_report, write_json
+
+GFLOPS_PER_TOKEN = 4  # two cores: 1,050 read 256 tokens in 10 minutes, 460 would take 28 for that
 
 console = Console()
 
@@ -53,7 +56,7 @@ def main() -> None:
     say(f"{harvest.describe(texts)}; {share:.0%} of them beyond 512 tokens: {data}")
 
     console.rule("2. Softmax to linear attention, and back to its accuracy")
-    tokens = affordable_tokens()
+    tokens = affordable_tokens(options.output / "tokens.txt", options.restart)
     output = options.output / "model"
     arguments = Arguments(
         model=encoder,
@@ -95,14 +98,19 @@ def main() -> None:
     say(f"{(time.monotonic() - start) / 60:.1f} minutes")
 
 
-def affordable_tokens() -> int:
-    """Tokens of a text to train on, so that the demo takes as long on any processor.
-
-    256 is what the encoder itself was trained on, and what a processor with bfloat16 can afford.
+def affordable_tokens(kept: Path, restart: bool) -> int:
+    """Tokens of a text to train on, so that the demo takes a quarter of an hour on any processor:
+    from its peak as measured now, or in the run that this one goes on with. 256 is what the encoder
+    itself was trained on.
     """
+    if kept.is_file() and not restart:
+        return int(kept.read_text())
+    gflops = max(_native.fma_peak_gflops(torch.get_num_threads()) for _ in range(5))
     if has_bf16():
-        return 256
-    return 128 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 64
+        gflops *= 2
+    tokens = min(256, max(64, int(gflops / GFLOPS_PER_TOKEN) // 32 * 32))
+    kept.write_text(f"{tokens}\n")
+    return tokens
 
 
 def compress_further(teacher: Path, data: Path, output: Path, tokens: int, restart: bool) -> None:
