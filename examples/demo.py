@@ -32,7 +32,7 @@ from fastattn.recipes.linearize import linearize
 from fastattn.recipes.models import load_config, load_tokenizer
 from fastattn.recipes.report import plot, print_report, write_json
 
-GFLOPS_PER_TOKEN = 4  # two cores: 1,050 read 256 tokens in 10 minutes, 460 would take 28 for that
+GFLOPS_PER_TOKEN = 3  # two cores at 460 read 96 tokens in 9 minutes and 256 in 28; at 1,050, 256 in 10
 
 console = Console()
 
