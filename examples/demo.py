@@ -32,7 +32,8 @@ from fastattn.recipes.linearize import linearize
 from fastattn.recipes.models import load_config, load_tokenizer
 from fastattn.recipes.report import plot, print_report, write_json
 
-GFLOPS_PER_TOKEN = 3  # two cores at 460 read 96 tokens in 9 minutes and 256 in 28; at 1,050, 256 in 10
+# Two cores at 460 took 9 minutes with 96 tokens and 28 with 256; at 1,050, 10 with 256.
+GFLOPS_PER_TOKEN = 3
 
 console = Console()
 
