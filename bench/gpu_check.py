@@ -79,13 +79,15 @@ def _tokens(tensors: list[Tensor], backend: str) -> list[Tensor]:
     mask = torch.ones(2, 40, dtype=torch.bool, device=tensors[0].device)
     mask[1, 3::4] = False
     options: dict[str, Any] = {"enable_gqa": True, "backend": backend}
+    query, key, value = tensors
     out, state = linear_attention(
-        *tensors, is_causal=True, key_mask=mask, return_state=True, form="recurrent", **options
-    )
-    steps = [
-        linear_attention_step(*(x[:, :, i : i + 1] for x in tensors), state, **options)
-        for i in range(3)
-    ]
+        query, key, value, is_causal=True, key_mask=mask, return_state=True, form="recurrent",
+        **options,
+    )  # fmt: skip
+    steps = []
+    for i in range(3):
+        q, k, v = (x[:, :, i : i + 1] for x in tensors)
+        steps.append(linear_attention_step(q, k, v, state, **options))
     return [out, *steps, state.S, state.z]
 
 

@@ -21,22 +21,21 @@ _CACHE_BYTES = 16 << 20  # tensors that fit into the caches are not bound by the
 
 @dataclass(frozen=True)
 class Limits:
-    """Rates of float32 multiply-adds (2 FLOP each) and of copying (bytes read plus written)."""
+    """Rates of multiply-adds (2 FLOP each) in float32 and of bfloat16, and of copying (bytes read
+    plus written)."""
 
     gflops: float
+    bf16_gflops: float
     gbs: float
     source: str
 
     def seconds(self, case: Case) -> float:
-        """The least time that the case can take on this machine in float32 arithmetic."""
-        compute = case.flops / (self.gflops * 1e9)
+        """The least time that the case can take on this machine."""
+        gflops = self.bf16_gflops if case.dtype == "bfloat16" else self.gflops
+        compute = case.flops / (gflops * 1e9)
         if case.bytes < _CACHE_BYTES:
             return compute
         return max(compute, case.bytes / (self.gbs * 1e9))
-
-    def share_of_peak(self, case: Case, seconds: float) -> float:
-        """Useful FLOP per second over the peak. May pass 1 where 16-bit products are faster."""
-        return case.flops / seconds / (self.gflops * 1e9)
 
 
 def measure(threads: int) -> Limits:
@@ -44,13 +43,17 @@ def measure(threads: int) -> Limits:
     try:
         from fastattn import _native
     except ImportError:
-        return Limits(_matmul_gflops(), _torch_copy_gbs(), "torch (native library not built)")
-    gflops = max(_native.fma_peak_gflops(threads) for _ in range(5))
-    return Limits(gflops, _native.copy_bandwidth_gbs(threads), "native")
+        of_float32, of_bf16 = map(_matmul_gflops, (torch.float32, torch.bfloat16))
+        return Limits(of_float32, of_bf16, _torch_copy_gbs(), "torch (native library not built)")
+    of_float32, of_bf16 = (
+        max(_native.fma_peak_gflops(threads, in_bf16) for _ in range(5))
+        for in_bf16 in (False, True)
+    )
+    return Limits(of_float32, of_bf16, _native.copy_bandwidth_gbs(threads), "native")
 
 
-def _matmul_gflops(size: int = 2048) -> float:
-    a, b = torch.rand(size, size), torch.rand(size, size)
+def _matmul_gflops(dtype: torch.dtype, size: int = 2048) -> float:
+    a, b = (torch.rand(size, size).to(dtype) for _ in range(2))
     return 2 * size**3 / _best(lambda: a @ b) * 1e-9
 
 

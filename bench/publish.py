@@ -18,7 +18,7 @@ from typing import Any
 from bench import peers
 from bench.cases import FORWARD, STEP, TRAIN, Case
 from bench.floors import ratio, seconds
-from bench.report import GROUPS, case_rows, duration, floor_rows, memory_rows, times
+from bench.report import GROUPS, case_rows, duration, floor_rows, memory_rows, peaks, times
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -63,7 +63,7 @@ def where(result: dict[str, Any]) -> str:
     run = "Measured in a quick run" if result["settings"]["quick"] else "Measured"
     return (
         f"{run} on {machine['when'][:10]}, {machine['cores']} cores of an {machine['processor']} "
-        f"({machine['isa']}; {limits['gflops']:.0f} GFLOP/s multiply-add and "
+        f"({machine['isa']}; {peaks(limits)} and "
         f"{limits['gbs']:.0f} GB/s copy, measured in the same run), "
         f"torch {machine['versions'].get('torch')}, fastattn at {machine['commit']}."
     )

@@ -57,7 +57,10 @@ def case_rows(
         own = seconds(case)
         share = limit = "-"
         if own is not None and case["group"] != "decode":
-            share = f"{100 * case['flops'] / own / (limits['gflops'] * 1e9):.0f} %"
+            peak = limits["gflops"]
+            if case["dtype"] == "bfloat16":
+                peak = limits.get("bf16_gflops", peak)  # older results know the one
+            share = f"{100 * case['flops'] / own / (peak * 1e9):.0f} %"
             limit = f"{100 * case['limit_seconds'] / own:.0f} %"
         kind = case["pass"]
         if case["group"] == "long":
@@ -103,12 +106,19 @@ def memory_rows(figures: list[dict[str, Any]]) -> tuple[list[str], list[list[str
     return ["forward and backward, N=65536", "", "peak", "inputs, output, gradients", ""], rows
 
 
+def peaks(limits: dict[str, Any]) -> str:
+    """The measured rates of multiply-adds, in words."""
+    said = f"{limits['gflops']:.0f} GFLOP/s multiply-add"
+    of_bf16 = limits.get("bf16_gflops", 0)
+    return said + (f" ({of_bf16:.0f} in bfloat16)" if of_bf16 > 1.2 * limits["gflops"] else "")
+
+
 def print_report(result: dict[str, Any], console: Console) -> None:
     """All tables of a run."""
     machine, limits = result["machine"], result["limits"]
     console.print(
         f"\n{machine['processor']}, {machine['threads']} threads, {machine['isa']}, "
-        f"torch {machine['versions'].get('torch')}: {limits['gflops']:.0f} GFLOP/s multiply-add, "
+        f"torch {machine['versions'].get('torch')}: {peaks(limits)}, "
         f"{limits['gbs']:.1f} GB/s copy ({limits['source']})\n",
         highlight=False,
     )

@@ -74,12 +74,12 @@ void select_isa(const std::string& name) {
   throw py::value_error("instruction set '" + name + "' cannot run here");
 }
 
-double fma_peak_gflops(int threads) {
+double fma_peak_gflops(int threads, bool in_bf16) {
   const py::gil_scoped_release release;
   std::vector<double> operations(static_cast<size_t>(threads));
   const auto start = std::chrono::steady_clock::now();
   parallel_for(threads, threads, [&](int64_t i) {
-    operations[static_cast<size_t>(i)] = active->multiply_add(0.2);
+    operations[static_cast<size_t>(i)] = active->multiply_add(0.2, in_bf16);
   });
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -127,6 +127,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("join_openmp", &join_openmp,
         "Run on the threads of the OpenMP runtime already loaded from this path.");
   m.def("openmp_path", &openmp_path);
-  m.def("fma_peak_gflops", &fma_peak_gflops, py::arg("threads"));
+  m.def("fma_peak_gflops", &fma_peak_gflops, py::arg("threads"), py::arg("in_bf16") = false);
   m.def("copy_bandwidth_gbs", &copy_bandwidth_gbs, py::arg("threads"));
 }

@@ -147,7 +147,7 @@ def compress_further(teacher: Path, data: Path, output: Path, tokens: int, resta
 
 
 def say(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def encoder_folder() -> Path:

@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with FASTATTN_ISA naming it and its namespace.
 #include "kernels.h"
 
+#include <algorithm>
 #include <chrono>
 #include <utility>
 #include <vector>
@@ -80,22 +81,30 @@ void step(const Problem& problem, const Arguments& args) {
     Recurrent<float>(problem, args, std::move(sequences)).step();
 }
 
-double multiply_add(double seconds) {
+template <class Arith>
+double multiply_adds(double seconds, const typename Arith::Element& number) {
   constexpr int chains = 12, repeats = 4096;
   Vector<float> sum[chains] = {};
-  Vector<float> a = splat(0.999f), b = splat(1e-3f);
+  typename Arith::Element row[kLanes<float>];
+  std::fill_n(row, kLanes<float>, number);
+  auto a = Arith::broadcast(row);
+  auto b = Arith::load_b(row);
   asm volatile("" : "+m"(a), "+m"(b));  // not known at compile time
   double operations = 0;
   const auto start = std::chrono::steady_clock::now();
   while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
     for (int i = 0; i < repeats; ++i) {
 #pragma GCC unroll 12
-      for (int c = 0; c < chains; ++c) sum[c] = sum[c] * a + b;
+      for (int c = 0; c < chains; ++c) sum[c] = Arith::multiply_add(a, b, sum[c]);
     }
-    operations += 2.0 * kLanes<float> * chains * repeats;
+    operations += 2.0 * Operand<Arith>::per_element * kLanes<float> * chains * repeats;
   }
   for (auto& s : sum) asm volatile("" : "+m"(s));
   return operations;
+}
+
+double multiply_add(double seconds, bool in_bf16) {
+  return in_bf16 ? multiply_adds<Bf16>(seconds, {}) : multiply_adds<Plain<float>>(seconds, {});
 }
 
 }  // namespace

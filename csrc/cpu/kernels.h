@@ -15,8 +15,8 @@ struct Kernels {
   void (*backward)(const Problem&, const Arguments&);
   void (*step)(const Problem&, const Arguments&);
   // Multiply-adds in registers for about `seconds`, on the calling thread: the floating-point
-  // operations done, to measure the machine's peak.
-  double (*multiply_add)(double seconds);
+  // operations done, to measure the machine's peak. In the arithmetic of bf16 or float32.
+  double (*multiply_add)(double seconds, bool in_bf16);
 };
 
 // Compiled in and runnable here, weakest first.

@@ -179,8 +179,9 @@ FASTATTN_INLINE Real max_lanes(Vector<Real> v) {
 
 // e^x for x <= 88 (float) or 709 (double), 0 below the smallest normal number; within 1 ulp of the
 // rounded result. x = n ln2 + r, e^x = 2^n p(r); adding 1.5 * 2^mantissa rounds n to an integer and
-// leaves it in the low bits, from where it is added to the exponent of p. NaN stays NaN. The
-// polynomial is summed in pairs: how long one exp takes bounds how many are under way.
+// leaves it in the low bits, from where it is added to the exponent of p. A NaN stays one: the maximum
+// passes it on, whose own bits would end up in the exponent. The polynomial is summed in pairs: how long
+// one exp takes bounds how many are under way.
 FASTATTN_INLINE Vector<float> exp(Vector<float> x) {
   using V = Vector<float>;
   using Bits = Simd<float>::Bits;
@@ -200,7 +201,7 @@ FASTATTN_INLINE Vector<float> exp(Vector<float> x) {
   bits += exponent << 23;  // the shifter's own bits leave on the left
   V result;
   __builtin_memcpy(&result, &bits, sizeof bits);
-  return x < -87.33f ? V{} : result;
+  return x >= -87.33f ? result : maximum<float>(V{}, x);
 }
 
 // e^x within 4e-6 of itself, for what is rounded to bf16 (2e-3) anyway; otherwise as above, but of

@@ -164,9 +164,10 @@ def compress(
             ("plot", output / "report.png"),
             *([("search log", output / "run" / "tune" / SEARCH_LOG)] if metric else []),
         ):
-            console.print(f"{what + ':':15}{where}", highlight=False, soft_wrap=True)
+            console.print(f"{what + ':':15}{where}", markup=False, highlight=False, soft_wrap=True)
         console.print(
             f"side by side:  fastattn compare {output / 'run' / 'softmax'} {output} --data ...",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )

@@ -96,7 +96,7 @@ def diagnose(
             f"page                  {page}",
             f"numbers               {numbers_file}",
         ):
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _shown(value: float | None) -> str:

@@ -123,4 +123,4 @@ def linearize(
             ("report", output / "report.json"),
             ("plot", output / "report.png"),
         ):
-            console.print(f"{what + ':':15}{where}", highlight=False, soft_wrap=True)
+            console.print(f"{what + ':':15}{where}", markup=False, highlight=False, soft_wrap=True)

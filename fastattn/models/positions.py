@@ -66,7 +66,7 @@ def extend_positions(
         most = "" if longest is None else f" and at most {longest} (their square)"
         raise ValueError(f"length must be at least the model's {n} positions{most}; got {length}")
 
-    positions = old[offset:].float()
+    positions = old[offset:].to(torch.promote_types(old.dtype, torch.float32))
     if method == "interpolate":
         extended = _stretch(positions, length)
     elif method == "repeat":

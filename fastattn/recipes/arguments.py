@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from fastattn.models.marks import is_linear
 from fastattn.models.positions import position_limit
 from fastattn.recipes.errors import ModelError
-from fastattn.recipes.models import is_fine_tuned, weight_files
+from fastattn.recipes.models import is_fine_tuned, tokenizer_files, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -116,13 +117,18 @@ def fingerprint(arguments: Arguments) -> dict[str, Any]:
     }
     asked = as_json(arguments)
     del asked["lengths"]
+    digests["tokenizer sha256"] = _digest(tokenizer_files(arguments.model))
     return {**asked, **digests, "weights sha256": weights_digest(arguments.model)}
 
 
 def weights_digest(folder: Path) -> str:
     """Of all files of weights in a model's folder: changed weights are another model."""
+    return _digest(weight_files(folder))
+
+
+def _digest(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for path in weight_files(folder):
+    for path in paths:
         with path.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from fastattn.recipes.models import (
     weight_files,
 )
 from fastattn.recipes.report import machine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DRAWS = 2000
 
@@ -69,7 +72,7 @@ def compare(
     logits: dict[str, Tensor] = {}
     for name, path in (("A", a), ("B", b)):
         model, tokenizer = load_model(path), load_tokenizer(path)
-        length = _tokens_read(path, max_length)
+        length = _tokens_read(path, tokenizer, max_length)
         dev = tokenize(task.dev, tokenizer, length)
         logits[name] = predict(model, dev, tokenizer, bf16=bf16, description=f"Evaluating {name}")
         models[name] = {
@@ -132,7 +135,7 @@ def _labels(path: Path) -> tuple[str, ...]:
     return output_labels(config)
 
 
-def _tokens_read(path: Path, max_length: int | None) -> int:
+def _tokens_read(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
     config = load_config(path)
     limit = position_limit(config)
     if max_length is not None:
@@ -141,5 +144,7 @@ def _tokens_read(path: Path, max_length: int | None) -> int:
                 f"max_length {max_length} is more than the {limit} positions of {path}"
             )
         return max_length
-    most = int(limit or getattr(config, "max_position_embeddings", None) or 512)
+    said = tokenizer.model_max_length  # 1e30 where nothing is said
+    trained = said if said < 2**31 else getattr(config, "max_position_embeddings", None)
+    most = int(limit or trained or 512)
     return most if is_linear(config) else min(512, most)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastattn.recipes.report import Report, length_table, memory, plot_lengths
 
@@ -24,7 +25,7 @@ def score_table(report: Report) -> Table:
     a, b = report["models"]["A"], report["models"]["B"]
     rows = report["data"]["rows"]
     title = f"{rows} rows; 95 % intervals from a paired bootstrap"
-    caption = f"A: {a['path']}\nB: {b['path']}"
+    caption = Text(f"A: {a['path']}\nB: {b['path']}")  # a [word] in a path is no markup
     table = Table("", title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("A", "B", "B against A"):
         table.add_column(column, justify="right")

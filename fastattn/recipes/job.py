@@ -113,7 +113,7 @@ class Job(Generic[ArgumentsT]):
                 {"classifier": NEW_HEAD_RATE},
             )
         else:
-            model = load_model(args.model)
+            model = load_model(args.model).float()  # a half-precision one would be trained in it
         results["softmax"] = self.scores(model, args.max_length, "Evaluating softmax")
         if self.has_windows:
             logits = self.ask_teacher(model, "dev", "Evaluating softmax in windows")
@@ -373,7 +373,8 @@ class Job(Generic[ArgumentsT]):
         for other runs that are given the model of this one."""
         args = self.arguments
         softmax = self.stage_folder("softmax")
-        rows, weights = self.task.train.to_dict(), weights_digest(softmax)
+        rows = self.tokens("train", args.student_length)["input_ids"][:]
+        weights = weights_digest(softmax)
         read = [args.max_length, args.student_length if self.has_windows else None]
 
         def ask() -> torch.Tensor:

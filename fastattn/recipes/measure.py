@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AutoModel
 
+from fastattn.models.marks import is_linear
 from fastattn.models.positions import position_limit
 from fastattn.recipes.errors import ModelError
-from fastattn.recipes.models import load_model
+from fastattn.recipes.models import is_fine_tuned, load_config, load_model
 from fastattn.recipes.progress import progress
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -86,8 +88,8 @@ def _measure_point(
 ) -> Point:
     torch.set_num_threads(threads)
     transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()  # an untrained head takes as long as a trained one
-    model = load_model(path).eval()
+    transformers.logging.set_verbosity_error()
+    model = _load(path).eval()
     limit = position_limit(model.config)
     if limit is not None and limit < longest:
         import fastattn
@@ -116,6 +118,17 @@ def _measure_point(
     while len(seconds) < MIN_RUNS or (sum(seconds) < SECONDS_PER_POINT and len(seconds) < MAX_RUNS):
         seconds.append(forward())
     return Point(name, length, batch, statistics.median(seconds), peak)
+
+
+def _load(path: Path) -> Any:
+    """The classifier in ``path``; of another model its encoder alone."""
+    import fastattn
+
+    config = load_config(path)
+    if is_fine_tuned(config):
+        return load_model(path)
+    model = fastattn.load(path) if is_linear(config) else AutoModel.from_pretrained(path)
+    return model.base_model
 
 
 def _reset_peak(device: torch.device) -> int | None:

@@ -50,6 +50,13 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """All that a tokenizer is read from, in alphabetical order."""
+    patterns = (*TOKENIZER_FILES, "tokenizer_config.json", "added_tokens.json", "merges.txt",
+                "special_tokens_map.json")  # fmt: skip
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved in ``path``.
 
@@ -75,8 +82,8 @@ def load_model(path: Path, train: bool = False) -> PreTrainedModel:
     """The sequence classifier in ``path``, with softmax or linear attention as it was saved.
 
     Args:
-        train: softmax attention is to run as is best in training, rather than as transformers
-            would run it.
+        train: in float32, whatever it was saved in, and softmax attention is to run as is best in
+            training, rather than as transformers would run it.
     """
     import fastattn
 
@@ -87,7 +94,8 @@ def load_model(path: Path, train: bool = False) -> PreTrainedModel:
         if is_linear(config):
             model = fastattn.load(path)
         else:
-            model, unread = _read(path, attn_implementation=SOFTMAX if train else None)
+            options = {"attn_implementation": SOFTMAX, "dtype": torch.float32} if train else {}
+            model, unread = _read(path, **options)
     except UNREADABLE as error:
         raise ModelError(f"can't load the model in {path}: {error}") from error
     _check_read(path, unread)
@@ -166,6 +174,7 @@ def new_classifier(path: Path, task: Task) -> PreTrainedModel:
             id2label=task.id2label,
             label2id={name: i for i, name in task.id2label.items()},
             attn_implementation=SOFTMAX,
+            dtype=torch.float32,  # AdamW divides by its eps of 1e-8, which float16 rounds to 0
             **no_attention_dropout(load_config(path)),
         )
     except UNREADABLE as error:

@@ -192,10 +192,11 @@ def test_masked_language_models(folders: tuple[Path, Path, Path], tmp_path: Path
         model.save_pretrained(tmp_path / name)
         transformers.AutoTokenizer.from_pretrained(classifier).save_pretrained(tmp_path / name)
     result = run(tmp_path / "softmax", tmp_path / "linear", "--data", data, "--output", tmp_path,
-                 "--lengths", "", "--points", "2", "--metric", "prob")  # fmt: skip
+                 "--lengths", "16", "--points", "2", "--metric", "prob")  # fmt: skip
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "diagnose.json").read_text())
     assert report["settings"]["objective"].startswith("cosine")
+    assert [point["length"] for point in report["measurements"]] == [16, 16]
     tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
     entry = report["texts"][0]
     ids = tokenizer(entry["text"], return_tensors="pt")["input_ids"]

@@ -78,6 +78,15 @@ def test_type_and_training_flag_are_kept() -> None:
     assert table(model).weight.dtype == torch.bfloat16 and not table(model).weight.requires_grad
 
 
+@pytest.mark.parametrize("method", ["hierarchical", "repeat"])
+def test_positions_that_are_no_float32_numbers_stay(method: str) -> None:
+    model = make("Bert").double()
+    old = torch.rand_like(table(model).weight)
+    table(model).weight.data = old.clone()
+    fastattn.extend_positions(model, 100, method)
+    assert torch.equal(table(model).weight[: len(old)], old)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gpt2_reads_longer_inputs_too(method: str) -> None:
     torch.manual_seed(0)

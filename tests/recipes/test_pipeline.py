@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+)
 
 import fastattn
 from fastattn.recipes import job as recipe
 from fastattn.recipes import measure as measuring
-from fastattn.recipes.arguments import Arguments
+from fastattn.recipes.arguments import Arguments, fingerprint
 from fastattn.recipes.data import find_files
 from fastattn.recipes.errors import DataError, ModelError, OutputError
 from fastattn.recipes.linearize import linearize
@@ -141,6 +146,31 @@ def test_replacing_attention_before_distillation(
     after = load_model(tmp_path / "out").state_dict()
     for name, value in before.items():
         assert torch.equal(value, after[name]) == (".attention.self." not in name), name
+
+
+def test_half_precision_is_trained_in_float32(arguments: Arguments, tmp_path: Path) -> None:
+    short = {"fine_tune_epochs": 1, "transfer_epochs": 0.5, "distill_epochs": 0.5}
+    results = []
+    for dtype in (torch.float16, torch.float32):
+        folder = tmp_path / str(dtype)
+        shutil.copytree(arguments.model, folder)
+        model = AutoModel.from_pretrained(arguments.model).half()
+        model.to(dtype).save_pretrained(folder)
+        linearize(replace(arguments, model=folder, **short), tmp_path / f"{dtype} out")
+        results.append(load_model(tmp_path / f"{dtype} out").state_dict())
+    for name, value in results[0].items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_another_tokenizer_is_another_run(arguments: Arguments, tmp_path: Path) -> None:
+    shutil.copytree(arguments.model, tmp_path / "model")
+    given = replace(arguments, model=tmp_path / "model")
+    before = fingerprint(given)
+    assert fingerprint(given) == before
+    (tmp_path / "model" / "special_tokens_map.json").write_text('{"cls_token": "[X]"}')
+    after = fingerprint(given)
+    assert [name for name in after if after[name] != before[name]] == ["tokenizer sha256"]
 
 
 def test_fine_tuned_model_is_taken_as_it_is(
