@@ -42,9 +42,7 @@ struct ForwardChunk {
 
   ForwardChunk(const Sizes<Real>& n, Scratch& scratch) : state(n.take_state(scratch)) {
     const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
-    const auto elements = [&](int64_t size) {
-      return Pack::copies ? scratch.template take<Element>(size) : nullptr;
-    };
+    const auto elements = [&](int64_t size) { return Pack::take(scratch, size); };
     phi_k = reals(kChunk * n.feature_width);
     value = reals(kChunk * n.value_width);
     phi_q = reals(kChunk * n.feature_width);
@@ -80,7 +78,7 @@ struct RowFactors {
   }
 };
 
-// The same for backward, and the states around the chunk.
+// The same of the backward sweeps: one chunk, its operands, and the states around it.
 template <class Real, class Arith>
 struct BackwardChunk {
   using Pack = Operand<Arith>;
@@ -89,9 +87,7 @@ struct BackwardChunk {
   BackwardChunk(const Sizes<Real>& n, Scratch& scratch)
       : start(n.take_state(scratch)), state(n.take_state(scratch)) {
     const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
-    const auto elements = [&](int64_t size) {
-      return Pack::copies ? scratch.template take<Element>(size) : nullptr;
-    };
+    const auto elements = [&](int64_t size) { return Pack::take(scratch, size); };
     const int64_t fw = n.feature_width, vw = n.value_width;
     phi_k = reals(kChunk * fw);
     value = reals(kChunk * vw);

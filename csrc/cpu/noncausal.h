@@ -143,9 +143,7 @@ class NonCausal : private Call<Real, Arith> {
   // A tile of tokens, and for 16-bit arithmetic its operands.
   struct ForwardTile {
     ForwardTile(const Sizes<Real>& n, Scratch& scratch) {
-      const auto elements = [&](int64_t size) {
-        return Pack::copies ? scratch.template take<Element>(size) : nullptr;
-      };
+      const auto elements = [&](int64_t size) { return Pack::take(scratch, size); };
       phi = scratch.template take<Real>(kRows * n.feature_width);
       value = scratch.template take<Real>(kRows * n.value_width);  // or the outputs
       inverse_norm = scratch.template take<Real>(kRows);
@@ -249,9 +247,7 @@ class NonCausal : private Call<Real, Arith> {
   struct BackwardTile {
     BackwardTile(const Sizes<Real>& n, Scratch& scratch) : state(n.take_state(scratch)) {
       const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
-      const auto elements = [&](int64_t size) {
-        return Pack::copies ? scratch.template take<Element>(size) : nullptr;
-      };
+      const auto elements = [&](int64_t size) { return Pack::take(scratch, size); };
       transposed = reals(n.value_width * n.feature_width);
       maximum = reals(n.feature_width);
       column_sums = reals(n.feature_width);

@@ -17,6 +17,11 @@ struct Operand<Plain<Real>> {
   static constexpr int64_t per_element = 1;
   static constexpr bool copies = false;
   static constexpr int64_t elements(int64_t n) { return n; }
+  // Room for packed copies, where there are any.
+  template <class Scratch>
+  static Real* take(Scratch&, int64_t) {
+    return nullptr;
+  }
   // The operand made of a tile earlier on: the tile, or its packed copy.
   static const Real* either(const Real* tile, const Real*) { return tile; }
 
@@ -40,6 +45,10 @@ struct Operand<Bf16Pairs> {
   static constexpr int64_t per_element = 2;
   static constexpr bool copies = true;
   static constexpr int64_t elements(int64_t n) { return (n + 1) / 2; }
+  template <class Scratch>
+  static uint32_t* take(Scratch& scratch, int64_t size) {
+    return scratch.template take<uint32_t>(size);
+  }
   static const uint32_t* either(const float*, const uint32_t* packed) { return packed; }
 
   static FASTATTN_INLINE __m512i widen(Vector<float> v) {

@@ -153,6 +153,13 @@ def test_16_bit_lengths(backend: str, dtype: torch.dtype, length: int, is_causal
     assert_no_worse_than_plain(Case(2, 2, length, 64, dtype=dtype, is_causal=is_causal), backend)
 
 
+@causal
+def test_16_bit_packed_sequences(backend: str, is_causal: bool) -> None:
+    """Short sequences are computed in another way than long ones, in one call."""
+    case = Case(1, 2, 0, 32, lengths=(5, 0, 64, 1, 130, 48), dtype=torch.bfloat16)
+    assert_no_worse_than_plain(replace(case, is_causal=is_causal, masked=True), backend)
+
+
 def assert_no_worse_than_plain(case: Case, backend: str) -> None:
     call = draw(case)
     reference = truth(call)
