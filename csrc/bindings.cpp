@@ -28,7 +28,7 @@ void forward(const Problem& problem, const py::tuple& numbers, int threads) {
   reader.finish();
   args.threads = threads;
   const py::gil_scoped_release release;
-  active->forward(problem, args);
+  active->forward(problem, args, sequences_of(problem, args));
 }
 
 void backward(const Problem& problem, const py::tuple& numbers, int threads) {
@@ -45,7 +45,7 @@ void backward(const Problem& problem, const py::tuple& numbers, int threads) {
   reader.finish();
   args.threads = threads;
   const py::gil_scoped_release release;
-  active->backward(problem, args);
+  active->backward(problem, args, sequences_of(problem, args));
 }
 
 void step(const Problem& problem, const py::tuple& numbers, int threads) {
@@ -56,7 +56,7 @@ void step(const Problem& problem, const py::tuple& numbers, int threads) {
   reader.finish();
   args.threads = threads;
   const py::gil_scoped_release release;
-  active->step(problem, args);
+  active->step(problem, args, sequences_of(problem, args));
 }
 
 std::vector<std::string> isas() {

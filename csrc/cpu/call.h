@@ -32,10 +32,10 @@ FASTATTN_INLINE void invert_denominators(Real* den, int64_t n, double eps) {
 }
 
 // What gradients need of the denominators of a tile of queries.
-template <class Real>
-struct Denominators {
-  Real inverse[kTileRows];  // 1 / max(den, eps), or 0 where there is nothing to attend to
-  Real slope[kTileRows];    // -d log(1 / max(den, eps)) / d den: 1 / den, or 0 where eps holds
+template <class Real, int64_t Rows>
+struct RowDenominators {
+  Real inverse[Rows];  // 1 / max(den, eps), or 0 where there is nothing to attend to
+  Real slope[Rows];    // -d log(1 / max(den, eps)) / d den: 1 / den, or 0 where eps holds
 
   // From `inverse` holding the denominators themselves.
   void of_gradient(int64_t n, double eps) {
@@ -57,6 +57,9 @@ struct Denominators {
 template <class Real, class Arith = Plain<Real>>
 class Call {
  protected:
+  static constexpr int64_t kRows = Arith::tile_rows;
+  using Denominators = RowDenominators<Real, kRows>;
+
   // Of all sequences of the problem, or some.
   Call(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences)
       : p_(problem), a_(args), n_(problem), phi_(problem), sequences_(std::move(sequences)) {}
@@ -69,6 +72,7 @@ class Call {
   template <class Body>
   void for_heads(const Body& body) const {
     parallel_for(tasks(), a_.threads, [&](int64_t task) {
+      const typename Arith::Registers registers;
       body(sequences_[static_cast<size_t>(task / p_.num_kv_heads)], task % p_.num_kv_heads);
     });
   }
@@ -182,7 +186,7 @@ class Call {
   Lookahead keys_ahead(const Sequence& s, int64_t h, int64_t t) const {
     Lookahead ahead;
     const auto add = [&](const Strided& tensor, int64_t n) {
-      ahead.add(tensor, s.batch, h, s.key_begin + t, kTileRows, p_.dtype, n);
+      ahead.add(tensor, s.batch, h, s.key_begin + t, kRows, p_.dtype, n);
     };
     if constexpr (Writes) {
       add(a_.grad_key, p_.head_dim);
@@ -197,7 +201,7 @@ class Call {
   Lookahead queries_ahead(const Sequence& s, int64_t q, int64_t t) const {
     Lookahead ahead;
     const auto add = [&](const Strided& tensor, int64_t n) {
-      ahead.add(tensor, s.batch, q, s.query_begin + t, kTileRows, p_.dtype, n);
+      ahead.add(tensor, s.batch, q, s.query_begin + t, kRows, p_.dtype, n);
     };
     if constexpr (Writes) {
       add(a_.out, n_.values);
@@ -251,6 +255,7 @@ class Call {
   void for_segments(Segments Sequence::*kind, const Body& body) const {
     const int64_t most = most_segments();
     parallel_for(tasks() * most, a_.threads, [&](int64_t task) {
+      const typename Arith::Registers registers;
       const int64_t index = task / most, segment = task % most;
       const Sequence& s = sequences_[static_cast<size_t>(index / p_.num_kv_heads)];
       const int64_t h = index % p_.num_kv_heads;

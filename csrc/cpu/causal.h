@@ -24,6 +24,7 @@ namespace FASTATTN_ISA {
 
 template <class Real, class Arith>
 class Causal : private Call<Real, Arith> {
+  static constexpr int64_t kChunk = Arith::tile_rows;
   using Exact = Plain<Real>;
   using Element = typename Arith::Element;
   using Pack = Operand<Arith>;
@@ -241,12 +242,12 @@ class Causal : private Call<Real, Arith> {
     const Element* A_query = Pack::pair_columns(phi_q, rows, fw, tile.phi_q_features);
     matmul_to_lower<Arith>(rows, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
                            operands.keys, kChunk, tile.scores, kChunk);
-    keep_lower(tile.scores, rows);
+    keep_lower<Arith>(tile.scores, rows);
     const Element* A_scores = Pack::pair_columns(tile.scores, rows, kChunk, tile.scores_tokens);
     Real inverse[kChunk];
     if (divides()) {
       dots(phi_q, tile.state.z, 0, rows, fw, inverse);
-      add_sums_of_lower(tile.scores, rows, inverse);
+      add_sums_of_lower<Arith>(tile.scores, rows, inverse);
       invert_denominators(inverse, rows, p_.eps);
     }
     matmul<Arith, false>(rows, vw, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
@@ -292,7 +293,7 @@ class Causal : private Call<Real, Arith> {
         const int64_t in_group = q - h * n_.group;
         load_queries(s, q, t, rows, tile);
         auto ahead = Base::template queries_ahead<true>(s, q, t + kChunk);
-        Denominators<Real> den;
+        typename Base::Denominators den;
         if (divides()) {
           dots(tile.phi_q, tile.z, fw, rows, fw, den.inverse);
           den.of_gradient(rows, p_.eps);
@@ -320,7 +321,7 @@ class Causal : private Call<Real, Arith> {
   }
 
   // dq of one chunk: through the state before it, then through its own keys. Sets delta of its rows.
-  void query_gradient(int64_t rows, const KeysBefore& operands, const Denominators<Real>& den,
+  void query_gradient(int64_t rows, const KeysBefore& operands, const typename Base::Denominators& den,
                       Real* delta, const BackwardTile& tile, Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     Real *phi_q = tile.phi_q, *dphi_q = tile.dphi_q;
@@ -329,7 +330,7 @@ class Causal : private Call<Real, Arith> {
                          operands.state_transposed, fw, dphi_q, fw, ahead);
     matmul_to_lower<Arith>(rows, Pack::elements(n_.values), g, Pack::elements(vw), 1,
                            operands.values_transposed, kChunk, tile.scores, kChunk);
-    keep_lower(tile.scores, rows);
+    keep_lower<Arith>(tile.scores, rows);
     const Element* scores = Pack::pair_columns(tile.scores, rows, kChunk, tile.scores_tokens);
     matmul_from_lower<Arith>(rows, fw, scores, Pack::elements(kChunk), operands.keys, fw, dphi_q,
                              fw, Pack::per_element);
@@ -416,7 +417,7 @@ class Causal : private Call<Real, Arith> {
                                   const BackwardTile& tile) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     const auto add_from_scores = [&](const Element* B, int64_t width, Real* sums) {
-      keep_lower(tile.scores, rows);
+      keep_lower<Arith>(tile.scores, rows);
       const Element* A = Pack::pair_rows(tile.scores, rows, kChunk, tile.scores_tokens);
       matmul_from_lower_transposed<Arith>(rows, width, A, kChunk, B, width, sums, width,
                                           Pack::per_element);

@@ -9,21 +9,21 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int64_t kChunk = kTileRows;
-
 // Clears scores above the diagonal, as far as a product that starts within a block of rows or a
 // sum of whole vectors reads them.
-template <class Real>
+template <class Arith, class Real>
 void keep_lower(Real* scores, int64_t rows) {
+  constexpr int64_t kChunk = Arith::tile_rows;
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t end = std::min(kChunk, padded<Real>(r + kBlockRows + 1));
+    const int64_t end = std::min(kChunk, padded<Real>(r + Arith::lower_rows + 1));
     for (int64_t c = r + 1; c < end; ++c) scores[r * kChunk + c] = 0;
   }
 }
 
 // sums[r] += the sum of row r of the scores, which are zero above the diagonal.
-template <class Real>
+template <class Arith, class Real>
 void add_sums_of_lower(const Real* scores, int64_t rows, Real* sums) {
+  constexpr int64_t kChunk = Arith::tile_rows;
   constexpr int L = kLanes<Real>;
   for (int64_t r = 0; r < rows; r += L) {
     Vector<Real> partial[L]{};
@@ -39,6 +39,7 @@ template <class Real, class Arith>
 struct ForwardChunk {
   using Pack = Operand<Arith>;
   using Element = typename Arith::Element;
+  static constexpr int64_t kChunk = Arith::tile_rows;
 
   ForwardChunk(const Sizes<Real>& n, Scratch& scratch) : state(n.take_state(scratch)) {
     const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
@@ -83,6 +84,7 @@ template <class Real, class Arith>
 struct BackwardChunk {
   using Pack = Operand<Arith>;
   using Element = typename Arith::Element;
+  static constexpr int64_t kChunk = Arith::tile_rows;
 
   BackwardChunk(const Sizes<Real>& n, Scratch& scratch)
       : start(n.take_state(scratch)), state(n.take_state(scratch)) {

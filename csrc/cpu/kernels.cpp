@@ -6,9 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "causal.h"
-#include "noncausal.h"
-#include "recurrent.h"
+#include "passes.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -20,61 +18,35 @@ using Bf16 = Bf16Pairs;
 using Bf16 = Plain<float>;  // no bf16 products: computed in float32
 #endif
 
-template <class Real, class Arith>
-void forward_as(const Problem& problem, const Arguments& args) {
-  auto sequences = sequences_of(problem, args);
-  if (!problem.is_causal)
-    NonCausal<Real, Arith>(problem, args, std::move(sequences)).forward();
-  else if (problem.form == Form::recurrent)
-    Recurrent<Real>(problem, args, std::move(sequences)).forward();
-  else
-    Causal<Real, Arith>(problem, args, std::move(sequences)).forward();
-}
-
-template <class Real, class Arith = Plain<Real>>
-void backward_as(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences) {
-  if (problem.is_causal)
-    Causal<Real, Arith>(problem, args, std::move(sequences)).backward();
-  else
-    NonCausal<Real, Arith>(problem, args, std::move(sequences)).backward();
-}
-
-// Gradients are differences, of which little is left with few keys, in a softmax over tokens and where
-// 1 + cosine is close to 0: there the rounding of products to bf16 would show, so they are float32.
-void backward_of_bf16(const Problem& problem, const Arguments& args) {
-  const bool all_cancel = problem.feature_map == FeatureMap::efficient ||
-                          problem.feature_map == FeatureMap::cosine;
-  std::vector<Sequence> exact, rounded;
-  for (const Sequence& s : sequences_of(problem, args))
-    (all_cancel || s.keys.tokens <= kTileRows ? exact : rounded).push_back(s);
-  if (!exact.empty()) backward_as<float>(problem, args, std::move(exact));
-  if (!rounded.empty()) backward_as<float, Bf16>(problem, args, std::move(rounded));
-}
-
-void forward(const Problem& problem, const Arguments& args) {
+void forward(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences) {
   switch (problem.dtype) {
     case DType::f64:
-      return forward_as<double, Plain<double>>(problem, args);
+      return forward_as<double>(problem, args, std::move(sequences));
     case DType::bf16:
-      return forward_as<float, Bf16>(problem, args);
+      return forward_as<float, Bf16>(problem, args, std::move(sequences));
     default:
-      return forward_as<float, Plain<float>>(problem, args);
+      return forward_as<float>(problem, args, std::move(sequences));
   }
 }
 
-void backward(const Problem& problem, const Arguments& args) {
+void backward(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences) {
+  const auto in_float32 = [&](std::vector<Sequence> list) {
+    backward_as<float>(problem, args, std::move(list));
+  };
   switch (problem.dtype) {
     case DType::f64:
-      return backward_as<double>(problem, args, sequences_of(problem, args));
+      return backward_as<double>(problem, args, std::move(sequences));
     case DType::bf16:
-      return backward_of_bf16(problem, args);
+      return split_by_precision(problem, std::move(sequences), in_float32,
+                                [&](std::vector<Sequence> list) {
+                                  backward_as<float, Bf16>(problem, args, std::move(list));
+                                });
     default:
-      return backward_as<float>(problem, args, sequences_of(problem, args));
+      return in_float32(std::move(sequences));
   }
 }
 
-void step(const Problem& problem, const Arguments& args) {
-  auto sequences = sequences_of(problem, args);
+void step(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences) {
   if (problem.dtype == DType::f64)
     Recurrent<double>(problem, args, std::move(sequences)).step();
   else

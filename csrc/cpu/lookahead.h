@@ -12,10 +12,9 @@ namespace FASTATTN_ISA {
 // apart, which the processor's own prefetching does not follow; asking for a whole tile at once
 // fills its queue and waits.) Lines past the end of a tensor are never touched, only asked for.
 class Lookahead {
-  // A product calls once for every block of its result. A line for every eight numbers of a block
-  // is enough for all that the next tile touches, and spreads it over the product.
-  static constexpr int64_t kLine = 64;
-  static constexpr int64_t kLinesPerCall = kBlockRows * kBlockVectors * kLanes<float> / 8;
+  // A line for every eight numbers of a product is enough for all that the next tile touches, and
+  // spreads it over the product.
+  static constexpr int64_t kLine = 64, kNumbersPerLine = 8;
 
  public:
   // `rows` rows of n numbers of one head; of an absent tensor nothing. Last in, first asked for.
@@ -28,8 +27,9 @@ class Lookahead {
                        source.token * size, n * size, rows};
   }
 
-  void operator()() {
-    int64_t left = kLinesPerCall;
+  // Before a block of so many numbers.
+  void operator()(int64_t numbers) {
+    int64_t left = numbers / kNumbersPerLine;
     while (left > 0 && count_ > 0) {
       Run& run = runs_[count_ - 1];
       for (; run.rows > 0 && left > 0; --run.rows, run.row += run.stride)

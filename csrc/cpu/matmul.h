@@ -11,10 +11,29 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// What one step of k multiplies: plain numbers, or with AVX512-BF16 two bf16 at a time. And how well
-// e^x must be known for it.
+#if FASTATTN_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kBlockRows = 6, kBlockVectors = 4;  // 32 registers: 24 sums, 4 of B, 1 of A
+#else
+constexpr int kBlockRows = 6, kBlockVectors = 2;  // 16 registers: 12 sums, 2 of B, 1 of A
+#endif
+
+// Nothing that a thread has to hold while it multiplies.
+struct NoRegisters {
+  NoRegisters() {}
+};
+
+// Sizes of products whose blocks are vectors: tokens of a tile (eight blocks of six rows, three
+// vectors), and rows of a block where the lower triangle is multiplied and where it is formed.
+struct InVectors {
+  using Registers = NoRegisters;
+  static constexpr bool in_tiles = false;
+  static constexpr int64_t tile_rows = 48, lower_rows = kBlockRows, score_rows = 2 * kBlockRows;
+};
+
+// What one step of k multiplies: plain numbers, or with AVX512-BF16 two bf16 at a time (with AMX
+// whole tiles of them: tiles.h). And how well e^x must be known for it.
 template <class Real>
-struct Plain {
+struct Plain : InVectors {
   using Element = Real;
   using Accumulator = Real;
   static FASTATTN_INLINE Vector<Real> load_b(const Real* p) { return load(p); }
@@ -27,7 +46,7 @@ struct Plain {
 
 #if defined(__AVX512BF16__)
 // Elements are pairs of bf16 that are neighbours along k; products are summed in float32.
-struct Bf16Pairs {
+struct Bf16Pairs : InVectors {
   using Element = uint32_t;
   using Accumulator = float;
   static FASTATTN_INLINE __m512i load_b(const uint32_t* p) { return _mm512_loadu_si512(p); }
@@ -41,15 +60,10 @@ struct Bf16Pairs {
 };
 #endif
 
-#if FASTATTN_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int kBlockRows = 6, kBlockVectors = 4;  // 32 registers: 24 sums, 4 of B, 1 of A
-#else
-constexpr int kBlockRows = 6, kBlockVectors = 2;  // 16 registers: 12 sums, 2 of B, 1 of A
-#endif
-
-// What a product does between two blocks of rows: nothing, or ask for memory that will be needed.
+// What a product does before each block of so many numbers: nothing, or ask for memory that will be
+// needed.
 struct Nothing {
-  FASTATTN_INLINE void operator()() const {}
+  FASTATTN_INLINE void operator()(int64_t) const {}
 };
 
 // What a product does to row i of its result before writing it: nothing, or multiply it by a number.
@@ -112,7 +126,7 @@ void matmul_panel(int64_t M, int64_t K, const typename Arith::Element* A, int64_
                   const Finish& finish) {
   int64_t i = 0;
   for (; i + kBlockRows <= M; i += kBlockRows) {
-    between();
+    between(kBlockRows * Vectors * kLanes<typename Arith::Accumulator>);
     matmul_block<Arith, kBlockRows, Vectors, Accumulate>(
         K, A + i * row_stride, row_stride, k_stride, B, ldb, C + i * ldc, ldc, finish, i);
   }
@@ -140,6 +154,11 @@ void matmul(int64_t M, int64_t N, int64_t K, const typename Arith::Element* A, i
             int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
             typename Arith::Accumulator* C, int64_t ldc, Between&& between = {},
             const Finish& finish = {}) {
+  if constexpr (Arith::in_tiles) {
+    Arith::template multiply<Accumulate>(M, N, K, A, row_stride, k_stride, B, ldb, C, ldc, between,
+                                         finish);
+    return;
+  } else {
   constexpr int L = kLanes<typename Arith::Accumulator>;
   const auto panel = [&](int64_t j, auto vectors) FASTATTN_INLINE_LAMBDA {
     matmul_panel<Arith, vectors, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j, ldc,
@@ -155,6 +174,7 @@ void matmul(int64_t M, int64_t N, int64_t K, const typename Arith::Element* A, i
     }
   }
   if (j + L <= N) panel(j, std::integral_constant<int, 1>{});
+  }
 }
 
 // The causal products only touch the lower triangle of a chunk's (row, column) matrix, to the
@@ -167,7 +187,7 @@ void matmul_to_lower(int64_t rows, int64_t K, const typename Arith::Element* A, 
                      int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
                      typename Arith::Accumulator* C, int64_t ldc) {
   constexpr int L = kLanes<typename Arith::Accumulator>;
-  constexpr int64_t step = 2 * kBlockRows;
+  constexpr int64_t step = Arith::score_rows;
   for (int64_t i = 0; i < rows; i += step) {
     const int64_t count = rows - i < step ? rows - i : step;
     const int64_t columns = (i + count + L - 1) / L * L;
@@ -183,8 +203,9 @@ void matmul_from_lower(int64_t rows, int64_t N, const typename Arith::Element* A
                        int64_t row_stride, const typename Arith::Element* B, int64_t ldb,
                        typename Arith::Accumulator* C, int64_t ldc, int64_t per = 1,
                        const typename Arith::Accumulator* factors = nullptr) {
-  for (int64_t i = 0; i < rows; i += kBlockRows) {
-    const int64_t count = rows - i < kBlockRows ? rows - i : kBlockRows;
+  constexpr int64_t step = Arith::lower_rows;
+  for (int64_t i = 0; i < rows; i += step) {
+    const int64_t count = rows - i < step ? rows - i : step;
     const auto product = [&](const auto& finish) FASTATTN_INLINE_LAMBDA {
       matmul<Arith, true>(count, N, (i + count + per - 1) / per, A + i * row_stride, row_stride, 1,
                           B, ldb, C + i * ldc, ldc, Nothing{}, finish);
@@ -201,9 +222,10 @@ template <class Arith>
 void matmul_from_lower_transposed(int64_t rows, int64_t N, const typename Arith::Element* A,
                                   int64_t lda, const typename Arith::Element* B, int64_t ldb,
                                   typename Arith::Accumulator* C, int64_t ldc, int64_t per = 1) {
-  static_assert(kBlockRows % 2 == 0, "blocks begin where pairs do");
-  for (int64_t j = 0; j < rows; j += kBlockRows) {
-    const int64_t count = rows - j < kBlockRows ? rows - j : kBlockRows, k = j / per;
+  constexpr int64_t step = Arith::lower_rows;
+  static_assert(step % 2 == 0, "blocks begin where pairs do");
+  for (int64_t j = 0; j < rows; j += step) {
+    const int64_t count = rows - j < step ? rows - j : step, k = j / per;
     matmul<Arith, true>(count, N, (rows - j + per - 1) / per, A + k * lda + j, 1, lda, B + k * ldb,
                         ldb, C + j * ldc, ldc);
   }

@@ -18,7 +18,7 @@ namespace FASTATTN_ISA {
 
 template <class Real, class Arith>
 class NonCausal : private Call<Real, Arith> {
-  static constexpr int64_t kRows = kTileRows;
+  static constexpr int64_t kRows = Arith::tile_rows;
   using Exact = Plain<Real>;
   using Element = typename Arith::Element;
   using Pack = Operand<Arith>;
@@ -299,7 +299,7 @@ class NonCausal : private Call<Real, Arith> {
       const int64_t rows = std::min(kRows, s.queries.end(i) - t);
       Base::for_query_heads(h, [&](int64_t q) {
         phi_.of_queries(rows, Base::queries(s, q, t, rows, phi), phi, tile.inverse_norm);
-        Denominators<Real> den;
+        typename Base::Denominators den;
         if (divides()) {
           dots(phi, z, 0, rows, fw, den.inverse);
           den.of_gradient(rows, p_.eps);

@@ -5,6 +5,7 @@
 
 #include "matmul.h"
 #include "tile.h"
+#include "tiles.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -40,8 +41,9 @@ struct Operand<Plain<Real>> {
 };
 
 #if defined(__AVX512BF16__)
-template <>
-struct Operand<Bf16Pairs> {
+// Rows of pairs are padded with zeros to a multiple of Unit.
+template <int64_t Unit>
+struct PairedOperand {
   static constexpr int64_t per_element = 2;
   static constexpr bool copies = true;
   static constexpr int64_t elements(int64_t n) { return (n + 1) / 2; }
@@ -55,8 +57,8 @@ struct Operand<Bf16Pairs> {
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
   }
 
-  // packed[r][i] = (row 2r, row 2r + 1)[i], where row(r, i) is 16 bf16 in halves of 32 bits; an odd
-  // last row is paired with zeros.
+  // packed[r][i] = (row 2r, row 2r + 1)[i], where row(r, i) is 16 bf16 in halves of 32 bits; past the
+  // last row there are zeros.
   template <class Row>
   static const uint32_t* pair(int64_t rows, int64_t width, uint32_t* packed, const Row& row) {
     for (int64_t r = 0; r < rows; r += 2)
@@ -65,6 +67,9 @@ struct Operand<Bf16Pairs> {
         _mm512_storeu_si512(packed + (r / 2) * width + i,
                             _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
+    const int64_t whole = (elements(rows) + Unit - 1) / Unit * Unit;
+    __builtin_memset(packed + elements(rows) * width, 0,
+                     static_cast<size_t>((whole - elements(rows)) * width) * sizeof *packed);
     return packed;
   }
 
@@ -108,6 +113,14 @@ struct Operand<Bf16Pairs> {
     return transposed;
   }
 };
+
+template <>
+struct Operand<Bf16Pairs> : PairedOperand<1> {};
+#endif
+
+#if defined(FASTATTN_TILES)
+template <>
+struct Operand<Bf16Tiles> : PairedOperand<kTile> {};
 #endif
 
 // ---- a state held by a kernel -------------------------------------------------------------------

@@ -12,8 +12,8 @@
 
 namespace fastattn {
 
-constexpr int64_t kTileRows = 48;  // tokens of a tile: eight blocks of six rows, three vectors
-constexpr int64_t kSegmentTokens = 22 * kTileRows;  // at least
+constexpr int64_t kSegmentUnit = 48;
+constexpr int64_t kSegmentTokens = 22 * kSegmentUnit;  // at least
 constexpr int64_t kMaxSegments = 64;                // bounds the states kept for one sequence
 
 struct Segments {
@@ -21,7 +21,7 @@ struct Segments {
 
   explicit Segments(int64_t n = 0) : tokens(n) {
     const int64_t share = (n + kMaxSegments - 1) / kMaxSegments;
-    length = std::max(kSegmentTokens, (share + kTileRows - 1) / kTileRows * kTileRows);
+    length = std::max(kSegmentTokens, (share + kSegmentUnit - 1) / kSegmentUnit * kSegmentUnit);
     count = (n + length - 1) / length;
   }
   int64_t begin(int64_t segment) const { return segment * length; }

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import require_backend
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["baseline", "avx2", "avx512", "avx512_bf16"]
+NAMES = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 FILES = ["test_accuracy.py", "test_masks.py", "test_states.py"]
 # A compact choice: odd and even sizes, both kinds, every map, both 16-bit types, steps.
 CHOICE = (

@@ -1,0 +1,50 @@
+// The passes of every form, for one arithmetic; and which gradients bear products in bf16.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "causal.h"
+#include "noncausal.h"
+#include "recurrent.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+template <class Real, class Arith = Plain<Real>>
+void forward_as(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences) {
+  if (!problem.is_causal)
+    NonCausal<Real, Arith>(problem, args, std::move(sequences)).forward();
+  else if (problem.form == Form::recurrent)
+    Recurrent<Real>(problem, args, std::move(sequences)).forward();
+  else
+    Causal<Real, Arith>(problem, args, std::move(sequences)).forward();
+}
+
+template <class Real, class Arith = Plain<Real>>
+void backward_as(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences) {
+  if (problem.is_causal)
+    Causal<Real, Arith>(problem, args, std::move(sequences)).backward();
+  else
+    NonCausal<Real, Arith>(problem, args, std::move(sequences)).backward();
+}
+
+// Gradients are differences, of which little is left with few keys, in a softmax over tokens and where
+// 1 + cosine is close to 0: there the rounding of products to bf16 would show, so they are float32.
+constexpr int64_t kFewKeys = 48;
+
+// backward(sequences) in float32 and in products of bf16.
+template <class Exact, class Rounded>
+void split_by_precision(const Problem& problem, std::vector<Sequence> sequences,
+                        const Exact& in_float32, const Rounded& in_bf16) {
+  const bool all_cancel = problem.feature_map == FeatureMap::efficient ||
+                          problem.feature_map == FeatureMap::cosine;
+  std::vector<Sequence> exact, rounded;
+  for (const Sequence& s : sequences)
+    (all_cancel || s.keys.tokens <= kFewKeys ? exact : rounded).push_back(s);
+  if (!exact.empty()) in_float32(std::move(exact));
+  if (!rounded.empty()) in_bf16(std::move(rounded));
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
