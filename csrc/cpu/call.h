@@ -60,6 +60,17 @@ class Call {
   static constexpr int64_t kRows = Arith::tile_rows;
   using Denominators = RowDenominators<Real, kRows>;
 
+  // Heads from `first` to before `end`.
+  struct HeadRun {
+    int64_t first, end;
+
+    int64_t count() const { return end - first; }
+    template <class Body>
+    void each(const Body& body) const {
+      for (int64_t h = first; h < end; ++h) body(h);
+    }
+  };
+
   // Of all sequences of the problem, or some.
   Call(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences)
       : p_(problem), a_(args), n_(problem), phi_(problem), sequences_(std::move(sequences)) {}
@@ -74,6 +85,20 @@ class Call {
     parallel_for(tasks(), a_.threads, [&](int64_t task) {
       const typename Arith::Registers registers;
       body(sequences_[static_cast<size_t>(task / p_.num_kv_heads)], task % p_.num_kv_heads);
+    });
+  }
+
+  // body(sequence, kv heads), of neighbouring heads that one thread takes segment by segment: their
+  // rows lie in the same pages, which are then looked up once and not once for every head.
+  template <class Body>
+  void for_runs_of_heads(const Body& body) const {
+    const int64_t length = run_length(), runs = (p_.num_kv_heads + length - 1) / length;
+    const auto count = static_cast<int64_t>(sequences_.size()) * runs;
+    parallel_for(count, a_.threads, [&](int64_t task) {
+      const typename Arith::Registers registers;
+      const int64_t first = task % runs * length;
+      body(sequences_[static_cast<size_t>(task / runs)],
+           HeadRun{first, std::min(first + length, p_.num_kv_heads)});
     });
   }
 
@@ -240,6 +265,16 @@ class Call {
 
  private:
   int64_t tasks() const { return static_cast<int64_t>(sequences_.size()) * p_.num_kv_heads; }
+
+  // As many as leave two runs for each thread and whose states stay in its cache; where a head is
+  // one segment there is nothing to gain.
+  int64_t run_length() const {
+    constexpr int64_t most = 4, most_bytes = int64_t{256} << 10;
+    if (most_segments() == 1) return 1;
+    const int64_t fit = most_bytes / (n_.state_stride() * static_cast<int64_t>(sizeof(Real)));
+    const int64_t share = std::min(tasks() / (2 * a_.threads), p_.num_kv_heads);
+    return std::max<int64_t>(std::min({most, fit, share}), 1);
+  }
 
   Rows<const Real> features(const Strided& tensor, int64_t batch, int64_t head, int64_t token,
                             int64_t rows, MaskRow mask, Real* tile) const {

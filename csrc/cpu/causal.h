@@ -35,7 +35,8 @@ class Causal : private Call<Real, Arith> {
   using typename Base::Buffer;
   using Base::a_, Base::n_, Base::p_, Base::phi_;
   using Base::divides, Base::head, Base::heads, Base::mask_at;
-  using Base::for_heads, Base::for_key_segments;
+  using typename Base::HeadRun;
+  using Base::for_heads, Base::for_key_segments, Base::for_runs_of_heads;
 
  public:
   Causal(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences)
@@ -43,16 +44,19 @@ class Causal : private Call<Real, Arith> {
 
   void forward() {
     if (Base::whole_heads()) {
-      for_heads([&](const Sequence& s, int64_t h) {
+      for_runs_of_heads([&](const Sequence& s, HeadRun run) {
         Scratch scratch;
-        const auto start = n_.take_state(scratch), local = n_.take_state(scratch);
+        const auto local = n_.take_state(scratch);
+        Real* starts = n_.take_states(scratch, run.count());
         const ForwardTile tile(n_, scratch);
-        n_.read(a_.initial, head(s, h), start);
-        for (int64_t i = 0; i < s.keys.count; ++i) {
-          emit_segment(s, h, i, start, local, tile);
-          n_.merge(start, local);
-        }
-        n_.write(a_.final, head(s, h), start);
+        const auto start = [&](int64_t h) { return n_.state_at(starts, h - run.first); };
+        run.each([&](int64_t h) { n_.read(a_.initial, head(s, h), start(h)); });
+        for (int64_t i = 0; i < s.keys.count; ++i)
+          run.each([&](int64_t h) {
+            emit_segment(s, h, i, start(h), local, tile);
+            n_.merge(start(h), local);
+          });
+        run.each([&](int64_t h) { n_.write(a_.final, head(s, h), start(h)); });
       });
       return;
     }
@@ -91,19 +95,22 @@ class Causal : private Call<Real, Arith> {
     for (const auto& s : Base::sequences_) longest = std::max(longest, s.keys.length);
     const int64_t factors_size = 2 * n_.group * longest;
     if (Base::whole_heads()) {
-      for_heads([&](const Sequence& s, int64_t h) {
+      for_runs_of_heads([&](const Sequence& s, HeadRun run) {
         Scratch scratch;
-        const auto gradient = n_.take_state(scratch), local = n_.take_state(scratch);
+        const auto local = n_.take_state(scratch);
+        Real* gradients = n_.take_states(scratch, run.count());
         const BackwardTile tile(n_, scratch);
         Real* rows = scratch.template take<Real>(factors_size);
-        n_.read(a_.grad_final, head(s, h), gradient);
-        for (int64_t i = s.keys.count - 1; i >= 0; --i) {
-          const Factors factors{rows, longest, s.keys.begin(i)};
-          sweep_forward(s, h, i, tile, factors);
-          sweep_reverse<true>(s, h, i, gradient, local, tile, factors);
-          n_.merge(gradient, local);
-        }
-        n_.write(a_.grad_initial, head(s, h), gradient);
+        const auto gradient = [&](int64_t h) { return n_.state_at(gradients, h - run.first); };
+        run.each([&](int64_t h) { n_.read(a_.grad_final, head(s, h), gradient(h)); });
+        for (int64_t i = s.keys.count - 1; i >= 0; --i)
+          run.each([&](int64_t h) {
+            const Factors factors{rows, longest, s.keys.begin(i)};
+            sweep_forward(s, h, i, tile, factors);
+            sweep_reverse<true>(s, h, i, gradient(h), local, tile, factors);
+            n_.merge(gradient(h), local);
+          });
+        run.each([&](int64_t h) { n_.write(a_.grad_initial, head(s, h), gradient(h)); });
       });
       return;
     }

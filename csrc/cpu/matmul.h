@@ -157,23 +157,22 @@ void matmul(int64_t M, int64_t N, int64_t K, const typename Arith::Element* A, i
   if constexpr (Arith::in_tiles) {
     Arith::template multiply<Accumulate>(M, N, K, A, row_stride, k_stride, B, ldb, C, ldc, between,
                                          finish);
-    return;
   } else {
-  constexpr int L = kLanes<typename Arith::Accumulator>;
-  const auto panel = [&](int64_t j, auto vectors) FASTATTN_INLINE_LAMBDA {
-    matmul_panel<Arith, vectors, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j, ldc,
-                                             between, finish);
-  };
-  int64_t j = 0;
-  for (; j + kBlockVectors * L <= N; j += kBlockVectors * L)
-    panel(j, std::integral_constant<int, kBlockVectors>{});
-  if constexpr (kBlockVectors > 2) {
-    if (j + 2 * L <= N) {
-      panel(j, std::integral_constant<int, 2>{});
-      j += 2 * L;
+    constexpr int L = kLanes<typename Arith::Accumulator>;
+    const auto panel = [&](int64_t j, auto vectors) FASTATTN_INLINE_LAMBDA {
+      matmul_panel<Arith, vectors, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j,
+                                               ldc, between, finish);
+    };
+    int64_t j = 0;
+    for (; j + kBlockVectors * L <= N; j += kBlockVectors * L)
+      panel(j, std::integral_constant<int, kBlockVectors>{});
+    if constexpr (kBlockVectors > 2) {
+      if (j + 2 * L <= N) {
+        panel(j, std::integral_constant<int, 2>{});
+        j += 2 * L;
+      }
     }
-  }
-  if (j + L <= N) panel(j, std::integral_constant<int, 1>{});
+    if (j + L <= N) panel(j, std::integral_constant<int, 1>{});
   }
 }
 

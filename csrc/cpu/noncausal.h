@@ -26,7 +26,8 @@ class NonCausal : private Call<Real, Arith> {
   using typename Base::Buffer;
   using Base::a_, Base::n_, Base::p_, Base::phi_;
   using Base::divides, Base::head, Base::heads, Base::mask_at;
-  using Base::for_heads, Base::for_key_segments, Base::for_query_segments;
+  using typename Base::HeadRun;
+  using Base::for_heads, Base::for_key_segments, Base::for_query_segments, Base::for_runs_of_heads;
 
  public:
   NonCausal(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences)
@@ -34,20 +35,29 @@ class NonCausal : private Call<Real, Arith> {
 
   void forward() {
     if (Base::whole_heads()) {
-      for_heads([&](const Sequence& s, int64_t h) {
+      for_runs_of_heads([&](const Sequence& s, HeadRun run) {
         Scratch scratch;
-        const auto total = n_.take_state(scratch), part = n_.take_state(scratch);
-        Real* maximum = scratch.template take<Real>(n_.feature_width);
+        const auto part = n_.take_state(scratch);
+        Real* totals = n_.take_states(scratch, run.count());
+        Real* maxima = scratch.template take<Real>(run.count() * n_.feature_width);
         const ForwardTile tile(n_, scratch);
-        n_.read(a_.initial, head(s, h), total);
-        find_maximum(s, h, 0, s.keys.count, maximum, tile);
-        for (int64_t i = 0; i < s.keys.count; ++i) {
-          sum_keys(s, h, i, maximum, part, tile);
-          n_.merge(total, part);
-        }
-        finish(s, h, total, maximum);
-        prepare_state(total, tile);
-        for (int64_t i = 0; i < s.queries.count; ++i) emit(s, h, i, total, tile);
+        const auto total = [&](int64_t h) { return n_.state_at(totals, h - run.first); };
+        const auto maximum = [&](int64_t h) { return maxima + (h - run.first) * n_.feature_width; };
+        run.each([&](int64_t h) {
+          n_.read(a_.initial, head(s, h), total(h));
+          find_maximum(s, h, 0, s.keys.count, maximum(h), tile);
+        });
+        for (int64_t i = 0; i < s.keys.count; ++i)
+          run.each([&](int64_t h) {
+            sum_keys(s, h, i, maximum(h), part, tile);
+            n_.merge(total(h), part);
+          });
+        run.each([&](int64_t h) { finish(s, h, total(h), maximum(h)); });
+        for (int64_t i = 0; i < s.queries.count; ++i)
+          run.each([&](int64_t h) {
+            prepare_state(total(h), tile);
+            emit(s, h, i, total(h), tile);
+          });
       });
       return;
     }
@@ -93,19 +103,26 @@ class NonCausal : private Call<Real, Arith> {
 
   void backward() {
     if (Base::whole_heads()) {
-      for_heads([&](const Sequence& s, int64_t h) {
+      for_runs_of_heads([&](const Sequence& s, HeadRun run) {
         Scratch scratch;
-        const auto gradient = n_.take_state(scratch), part = n_.take_state(scratch);
+        const auto part = n_.take_state(scratch);
+        Real* gradients = n_.take_states(scratch, run.count());
         const BackwardTile tile(n_, scratch);
-        restore(s, h, tile);
-        n_.read(a_.grad_final, head(s, h), gradient);
-        for (int64_t i = 0; i < s.queries.count; ++i) {
-          backward_queries(s, h, i, part, tile);
-          n_.merge(gradient, part);
-        }
-        n_.write(a_.grad_initial, head(s, h), gradient);
-        prepare_gradient(gradient, tile);
-        for (int64_t i = 0; i < s.keys.count; ++i) backward_keys(s, h, i, gradient, tile);
+        const auto gradient = [&](int64_t h) { return n_.state_at(gradients, h - run.first); };
+        run.each([&](int64_t h) { n_.read(a_.grad_final, head(s, h), gradient(h)); });
+        for (int64_t i = 0; i < s.queries.count; ++i)
+          run.each([&](int64_t h) {
+            restore(s, h, tile);
+            backward_queries(s, h, i, part, tile);
+            n_.merge(gradient(h), part);
+          });
+        run.each([&](int64_t h) { n_.write(a_.grad_initial, head(s, h), gradient(h)); });
+        for (int64_t i = 0; i < s.keys.count; ++i)
+          run.each([&](int64_t h) {
+            restore(s, h, tile);
+            prepare_gradient(gradient(h), tile);
+            backward_keys(s, h, i, gradient(h), tile);
+          });
       });
       return;
     }

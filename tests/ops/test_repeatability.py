@@ -13,8 +13,9 @@ from tests.ops.problems import Call, Case, Results, draw, run
 
 ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16]
-# Few heads and long (the sequence is shared out over threads), many heads and short.
-SHAPES = [(1, 1, 5000, 64), (1, 3, 2100, 32), (3, 4, 150, 40)]
+# Few heads and long (the sequence is shared out over threads), more heads (one thread takes several,
+# segment by segment), many heads and short.
+SHAPES = [(1, 1, 5000, 64), (1, 3, 2100, 32), (1, 6, 2100, 32), (3, 4, 150, 40)]
 
 causal = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
