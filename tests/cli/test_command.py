@@ -43,6 +43,13 @@ def test_info_shows_backends_and_choices() -> None:
         assert word in result.stdout
 
 
+def test_python_m_is_the_command() -> None:
+    command = [sys.executable, "-m", "fastattn", "no-such-command"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no-such-command" in done.stderr
+
+
 def test_info_json() -> None:
     report = json.loads(run("info", "--json").stdout)
     assert report["backends"]["reference"] == {"available": True, "reason": None}
