@@ -13,7 +13,7 @@ from tests.ops.problems import Call, Case, Results, draw, run
 
 ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16]
-# Few heads and long (the sequence is shared out over threads), more heads (one thread takes several,
+# Few heads and long (the sequence is shared out over threads), more heads (a thread takes several,
 # segment by segment), many heads and short.
 SHAPES = [(1, 1, 5000, 64), (1, 3, 2100, 32), (1, 6, 2100, 32), (3, 4, 150, 40)]
 
