@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from examples.nvae.training import Settings, balance, fit, kl_coefficient
 from fastattn.cli.options import keep_freed_memory
 
 PLAIN_BATCH_SIZE = 100
+TRAINING_SECONDS, LEAST_STEPS, MOST_STEPS = 200, 1000, 2000
 
 console = Console()
 
@@ -52,8 +53,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options.output.mkdir(parents=True, exist_ok=True)
 
+    options.steps = options.steps or affordable_steps(shape, images, options)
     model = NVAE(shape)
-    say(f"NVAE with {shape.mixer}: {count(model):,} parameters, {sum(shape.groups)} groups")
+    say(
+        f"NVAE with {shape.mixer}: {count(model):,} parameters, {sum(shape.groups)} groups, "
+        f"{options.steps} steps of {options.batch_size} images"
+    )
     curve: list[tuple[int, float]] = []
     model = train_nvae(model, images, settings_for(options), curve)
     torch.save(model.state_dict(), options.output / "nvae.pt")
@@ -61,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     if binary:
         plain = train_plain(images, options)
         results["plain VAE"] = (count(plain), measure(plain, images, binary, options))
-    report(images, results, options.output / "report.json", shape)
+    report(images, results, shape, options)
 
     reestimate_batch_norm(model, options.temperature)
     path = options.output / "nvae.png"
@@ -92,7 +97,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--channels", type=int, default=16, help="at full resolution")
     add("--latents", type=int, default=8, help="channels of a group of latents")
     add("--cells", type=int, default=1, help="residual cells per group")
-    add("--steps", type=int, default=900, help="of training")
+    add("--steps", type=int,
+        help=f"of training; {LEAST_STEPS} to {MOST_STEPS}, as this machine can do in "
+        f"{TRAINING_SECONDS} seconds, if not given")  # fmt: skip
     add("--plain-steps", type=int, default=3000, help="of training, for the plain VAE")
     add("--batch-size", type=int, default=300,
         help=f"images of a step; the plain VAE takes {PLAIN_BATCH_SIZE}")  # fmt: skip
@@ -104,7 +111,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--split", type=int, default=0, help="seed of the split into training and test images")
     options = parser.parse_args(arguments)
     for name in ("channels", "latents", "cells", "steps", "plain_steps", "batch_size", "samples"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("learning_rate", "temperature"):
         if not 0 < getattr(options, name) < math.inf:
@@ -147,13 +154,37 @@ def settings_for(options: argparse.Namespace) -> Settings:
         steps=options.steps,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
+        orthogonal=True,
         spectral=options.spectral,
         seed=options.seed,
     )
 
 
+def affordable_steps(shape: Shape, images: Images, options: argparse.Namespace) -> int:
+    """By the time of a few steps of a model that is thrown away; no random number is used up."""
+    seconds = 0.0
+    with torch.random.fork_rng():
+        model = NVAE(shape)
+        for steps in (3, 10):  # the first are slower
+            settings = replace(settings_for(options), steps=steps)
+            start = time.monotonic()
+            train_nvae(model, images, settings, [], "Timing steps")
+            seconds = (time.monotonic() - start) / steps
+    return steps_within(TRAINING_SECONDS, seconds)
+
+
+def steps_within(seconds: float, seconds_per_step: float) -> int:
+    """In hundreds, not beyond ``LEAST_STEPS`` and ``MOST_STEPS``."""
+    steps = int(seconds / seconds_per_step / 100) * 100
+    return max(LEAST_STEPS, min(steps, MOST_STEPS))
+
+
 def train_nvae(
-    model: NVAE, images: Images, settings: Settings, curve: list[tuple[int, float]]
+    model: NVAE,
+    images: Images,
+    settings: Settings,
+    curve: list[tuple[int, float]],
+    description: str = "Training NVAE",
 ) -> NVAE:
     """The running average of the trained model; ``curve`` gets (step, mean bound) now and then."""
     # Weights change little in a step, and the vectors stay: one iteration a step follows them.
@@ -173,7 +204,7 @@ def train_nvae(
             recent.clear()
         return total, bound
 
-    return fit(model, loss, images, settings, model.shape.levels == 2, "Training NVAE")
+    return fit(model, loss, images, settings, model.shape.levels == 2, description)
 
 
 def train_plain(images: Images, options: argparse.Namespace) -> PlainVAE:
@@ -182,7 +213,6 @@ def train_plain(images: Images, options: argparse.Namespace) -> PlainVAE:
         steps=options.plain_steps,
         batch_size=PLAIN_BATCH_SIZE,
         learning_rate=1e-3,
-        weight_decay=0.0,
         seed=options.seed,
     )
 
@@ -202,7 +232,12 @@ def measure(
     return evaluate(model.encode, images, binary, options.samples)
 
 
-def report(images: Images, results: dict[str, tuple[int, Nats]], path: Path, shape: Shape) -> None:
+def report(
+    images: Images,
+    results: dict[str, tuple[int, Nats]],
+    shape: Shape,
+    options: argparse.Namespace,
+) -> None:
     samples = "importance-weighted"
     table = Table(title=f"Nats per test image of {images.name}")
     for column in ("model", "parameters", "bound", samples, "KL by group, coarsest first"):
@@ -220,11 +255,12 @@ def report(images: Images, results: dict[str, tuple[int, Nats]], path: Path, sha
     console.print(table)
     content = {
         "data": images.name,
+        "steps": options.steps,
         "shape": asdict(shape),
         "factorised": factorised_nats(images) if shape.levels == 2 else None,
         "models": {n: {"parameters": p, **asdict(nats)} for n, (p, nats) in results.items()},
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    (options.output / "report.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def count(model: torch.nn.Module) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastattn
+from examples.nvae.__main__ import LEAST_STEPS, MOST_STEPS, steps_within
 from examples.nvae.baselines import PlainVAE, factorised_nats
 from examples.nvae.cells import MIXERS, LinearAttention2d, make_mixer
 from examples.nvae.data import Images, binarise
@@ -23,6 +24,8 @@ from examples.nvae.training import (
     fit,
     kl_coefficient,
     learning_rate,
+    matrices,
+    others,
 )
 
 SMALL = Shape(size=8, channels=8, max_channels=8, latent_channels=4, groups=(1, 2))
@@ -157,6 +160,30 @@ def test_warm_up() -> None:
     assert rates[-1] == pytest.approx(1e-4, rel=0.1)
 
 
+def test_steps_that_a_machine_can_do() -> None:
+    assert steps_within(200, 0.15) == 1300
+    assert steps_within(200, 0.01) == MOST_STEPS and steps_within(200, 3.0) == LEAST_STEPS
+
+
+def test_every_weight_is_trained_once() -> None:
+    model = small(mixer="attention")
+    shares = [others(model), matrices(model)]
+    assert sorted(id(p) for share in shares for p in share) == sorted(map(id, model.parameters()))
+    assert all(p.dim() > 1 and min(p.shape[:2]) > 1 for p in shares[1]) and len(shares[1]) > 10
+
+    def loss(x: torch.Tensor, step: int) -> tuple[torch.Tensor, float]:
+        said = model.encode(x)
+        bound = (said.kl.sum(0) - said.likelihood.log_prob(x)).mean()
+        return bound, float(bound.detach())
+
+    before = [p.detach().clone() for p in model.parameters()]
+    fit(model, loss, stripes(), Settings(steps=3, batch_size=24, orthogonal=True), True, "test")
+    for old, new in zip(before, model.parameters()):
+        assert new.grad is not None
+        assert not new.grad.any() or not torch.equal(old, new)
+    assert sum(bool(p.grad.any()) for p in model.parameters()) > 0.8 * len(before)
+
+
 def test_balancing() -> None:
     kl = torch.tensor([[4.0, 4.0], [1.0, 3.0], [2.0, 0.0]], requires_grad=True)
     sizes = [(2, 1), (4, 2), (4, 2)]
@@ -216,7 +243,8 @@ def test_training_learns_and_the_tighter_bound_is_tighter(kind: str) -> None:
         return bound, float(bound.detach())
 
     before = evaluate(model.eval().encode, images, True, samples=8)
-    trained = fit(model, loss, images, Settings(steps=60, batch_size=24), True, "test")
+    settings = Settings(steps=60, batch_size=24, orthogonal=not plain)
+    trained = fit(model, loss, images, settings, True, "test")
     after = evaluate(trained.encode, images, True, samples=8)
     assert not trained.training
     assert after.bound < 0.6 * before.bound
