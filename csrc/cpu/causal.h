@@ -328,8 +328,9 @@ class Causal : private Call<Real, Arith> {
   }
 
   // dq of one chunk: through the state before it, then through its own keys. Sets delta of its rows.
-  void query_gradient(int64_t rows, const KeysBefore& operands, const typename Base::Denominators& den,
-                      Real* delta, const BackwardTile& tile, Lookahead& ahead) const {
+  void query_gradient(int64_t rows, const KeysBefore& operands,
+                      const typename Base::Denominators& den, Real* delta,
+                      const BackwardTile& tile, Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     Real *phi_q = tile.phi_q, *dphi_q = tile.dphi_q;
     const Element* g = Pack::pair_columns(tile.g, rows, vw, tile.g_features);

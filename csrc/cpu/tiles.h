@@ -8,6 +8,8 @@
 // which do not say what they read.
 #pragma once
 
+#include <type_traits>
+
 #include "matmul.h"
 
 #if defined(FASTATTN_TILES)
@@ -75,7 +77,9 @@ FASTATTN_INLINE void tile_block(int64_t K, const uint32_t* A, int64_t lda, const
     });
     unroll<Rows>([&](auto i) FASTATTN_INLINE_LAMBDA {
       load_tile<4 + i>(A + i * kTile * lda + k, lda * 4);
-      unroll<Columns>([&](auto j) FASTATTN_INLINE_LAMBDA { multiply_tiles<2 * i + j, 4 + i, 6 + j>(); });
+      unroll<Columns>([&](auto j) FASTATTN_INLINE_LAMBDA {
+        multiply_tiles<2 * i + j, 4 + i, 6 + j>();
+      });
     });
   }
   each([&](auto i, auto j) FASTATTN_INLINE_LAMBDA {
