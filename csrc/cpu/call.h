@@ -255,7 +255,11 @@ class Call {
     std::unique_ptr<Real[]> numbers;
   };
 
-  int64_t state_stride() const { return n_.state_stride(); }
+  // States of the heads of a run, in scratch, as a function of the head.
+  auto take_states(Scratch& scratch, HeadRun run) const {
+    Real* data = scratch.template take<Real>(run.count() * n_.state_stride());
+    return [this, data, run](int64_t h) { return n_.state_at(data, h - run.first); };
+  }
 
   Problem p_;
   Arguments a_;

@@ -47,9 +47,8 @@ class Causal : private Call<Real, Arith> {
       for_runs_of_heads([&](const Sequence& s, HeadRun run) {
         Scratch scratch;
         const auto local = n_.take_state(scratch);
-        Real* starts = n_.take_states(scratch, run.count());
+        const auto start = Base::take_states(scratch, run);
         const ForwardTile tile(n_, scratch);
-        const auto start = [&](int64_t h) { return n_.state_at(starts, h - run.first); };
         run.each([&](int64_t h) { n_.read(a_.initial, head(s, h), start(h)); });
         for (int64_t i = 0; i < s.keys.count; ++i)
           run.each([&](int64_t h) {
@@ -98,10 +97,9 @@ class Causal : private Call<Real, Arith> {
       for_runs_of_heads([&](const Sequence& s, HeadRun run) {
         Scratch scratch;
         const auto local = n_.take_state(scratch);
-        Real* gradients = n_.take_states(scratch, run.count());
+        const auto gradient = Base::take_states(scratch, run);
         const BackwardTile tile(n_, scratch);
         Real* rows = scratch.template take<Real>(factors_size);
-        const auto gradient = [&](int64_t h) { return n_.state_at(gradients, h - run.first); };
         run.each([&](int64_t h) { n_.read(a_.grad_final, head(s, h), gradient(h)); });
         for (int64_t i = s.keys.count - 1; i >= 0; --i)
           run.each([&](int64_t h) {

@@ -20,7 +20,7 @@ bool fits_tiles(const Problem& problem) {
 }
 
 void forward(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences) {
-  if (!fits_tiles(problem) || problem.form == Form::recurrent)
+  if (!fits_tiles(problem))
     return avx512::kernels.forward(problem, args, std::move(sequences));
   forward_as<float, Bf16Tiles>(problem, args, std::move(sequences));
 }

@@ -18,7 +18,6 @@ namespace FASTATTN_ISA {
 
 template <class Real, class Arith>
 class NonCausal : private Call<Real, Arith> {
-  static constexpr int64_t kRows = Arith::tile_rows;
   using Exact = Plain<Real>;
   using Element = typename Arith::Element;
   using Pack = Operand<Arith>;
@@ -27,6 +26,7 @@ class NonCausal : private Call<Real, Arith> {
   using Base::a_, Base::n_, Base::p_, Base::phi_;
   using Base::divides, Base::head, Base::heads, Base::mask_at;
   using typename Base::HeadRun;
+  using Base::kRows;
   using Base::for_heads, Base::for_key_segments, Base::for_query_segments, Base::for_runs_of_heads;
 
  public:
@@ -38,10 +38,9 @@ class NonCausal : private Call<Real, Arith> {
       for_runs_of_heads([&](const Sequence& s, HeadRun run) {
         Scratch scratch;
         const auto part = n_.take_state(scratch);
-        Real* totals = n_.take_states(scratch, run.count());
+        const auto total = Base::take_states(scratch, run);
         Real* maxima = scratch.template take<Real>(run.count() * n_.feature_width);
         const ForwardTile tile(n_, scratch);
-        const auto total = [&](int64_t h) { return n_.state_at(totals, h - run.first); };
         const auto maximum = [&](int64_t h) { return maxima + (h - run.first) * n_.feature_width; };
         run.each([&](int64_t h) {
           n_.read(a_.initial, head(s, h), total(h));
@@ -106,9 +105,8 @@ class NonCausal : private Call<Real, Arith> {
       for_runs_of_heads([&](const Sequence& s, HeadRun run) {
         Scratch scratch;
         const auto part = n_.take_state(scratch);
-        Real* gradients = n_.take_states(scratch, run.count());
+        const auto gradient = Base::take_states(scratch, run);
         const BackwardTile tile(n_, scratch);
-        const auto gradient = [&](int64_t h) { return n_.state_at(gradients, h - run.first); };
         run.each([&](int64_t h) { n_.read(a_.grad_final, head(s, h), gradient(h)); });
         for (int64_t i = 0; i < s.queries.count; ++i)
           run.each([&](int64_t h) {

@@ -158,12 +158,6 @@ struct Sizes {
     return state_at(scratch.template take<Real>(state_stride()), 0);
   }
 
-  // States of `count` heads, one after another.
-  template <class Scratch>
-  Real* take_states(Scratch& scratch, int64_t count) const {
-    return scratch.template take<Real>(count * state_stride());
-  }
-
   void clear(LocalState<Real> state) const {
     zero(state.S, feature_width * value_width);
     zero(state.z, feature_width);

@@ -29,11 +29,11 @@ void backward_as(const Problem& problem, const Arguments& args, std::vector<Sequ
     NonCausal<Real, Arith>(problem, args, std::move(sequences)).backward();
 }
 
-// Gradients are differences, of which little is left with few keys, in a softmax over tokens and where
-// 1 + cosine is close to 0: there the rounding of products to bf16 would show, so they are float32.
+// Gradients are differences, of which little is left with few keys, in a softmax over tokens and
+// where 1 + cosine is close to 0: there the rounding of products to bf16 would show.
 constexpr int64_t kFewKeys = 48;
 
-// backward(sequences) in float32 and in products of bf16.
+// Calls in_float32 with the sequences that need it, and in_bf16 with the others.
 template <class Exact, class Rounded>
 void split_by_precision(const Problem& problem, std::vector<Sequence> sequences,
                         const Exact& in_float32, const Rounded& in_bf16) {

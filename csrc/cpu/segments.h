@@ -12,9 +12,9 @@
 
 namespace fastattn {
 
-constexpr int64_t kSegmentUnit = 48;
+constexpr int64_t kSegmentUnit = 48;  // tokens of the usual tile, so that segments end with one
 constexpr int64_t kSegmentTokens = 22 * kSegmentUnit;  // at least
-constexpr int64_t kMaxSegments = 64;                // bounds the states kept for one sequence
+constexpr int64_t kMaxSegments = 64;                   // bounds the states kept for one sequence
 
 struct Segments {
   int64_t length = 0, count = 0, tokens = 0;

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 import fastattn
-from examples.nvae.__main__ import LEAST_STEPS, MOST_STEPS, steps_within
+from examples.nvae.__main__ import (
+    LEAST_STEPS,
+    MOST_STEPS,
+    affordable_steps,
+    parse,
+    steps_within,
+)
 from examples.nvae.baselines import PlainVAE, factorised_nats
 from examples.nvae.cells import MIXERS, LinearAttention2d, make_mixer
 from examples.nvae.data import Images, binarise
@@ -163,6 +169,14 @@ def test_warm_up() -> None:
 def test_steps_that_a_machine_can_do() -> None:
     assert steps_within(200, 0.15) == 1300
     assert steps_within(200, 0.01) == MOST_STEPS and steps_within(200, 3.0) == LEAST_STEPS
+
+
+def test_timing_uses_up_no_random_numbers() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    assert LEAST_STEPS <= affordable_steps(SMALL, stripes(), parse([])) <= MOST_STEPS
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_every_weight_is_trained_once() -> None:

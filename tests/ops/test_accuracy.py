@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastattn import feature_maps
+from tests.conftest import require_backend
 from tests.ops import plain
 from tests.ops.problems import Case, assert_accurate, draw, errors, run, truth
 
@@ -158,6 +159,15 @@ def test_16_bit_packed_sequences(backend: str, is_causal: bool) -> None:
     """Short sequences are computed in another way than long ones, in one call."""
     case = Case(1, 2, 0, 32, lengths=(5, 0, 64, 1, 130, 48), dtype=torch.bfloat16)
     assert_no_worse_than_plain(replace(case, is_causal=is_causal, masked=True), backend)
+
+
+@causal
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_16_bit_beyond_a_segment(backend: str, is_causal: bool) -> None:
+    """Several heads and segments, whose last tiles are not whole, in one thread's hands."""
+    require_backend(backend)
+    case = Case(1, 4, 1100, 32, dtype=torch.bfloat16, is_causal=is_causal, layout="bnhd")
+    assert_no_worse_than_plain(case, backend)
 
 
 def assert_no_worse_than_plain(case: Case, backend: str) -> None:
