@@ -21,8 +21,8 @@ def compare(
         int | None,
         typer.Option(
             min=8,
-            help="Tokens that both read of a text \\[default: what a linear model has positions "
-            "for; at most 512 for a softmax model].",
+            help="Tokens that both read of a text \\[default: what each has positions for; with "
+            "rotary positions at most 512 for a softmax model].",
             rich_help_panel=options.DATA,
         ),
     ] = None,

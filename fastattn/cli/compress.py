@@ -123,6 +123,7 @@ def compress(
         from fastattn.recipes.report import plot, print_report, write_json
 
         options.set_up(threads)
+        options.refuse_idle_fine_tuning(context, model, fine_tune)
         train_file, dev_file = find_files(data, train, dev)
         arguments = CompressArguments(
             model=model,

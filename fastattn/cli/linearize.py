@@ -87,6 +87,7 @@ def linearize(
         from fastattn.recipes.report import plot, print_report, write_json
 
         options.set_up(threads)
+        options.refuse_idle_fine_tuning(context, model, fine_tune)
         train_file, dev_file = find_files(data, train, dev)
         arguments = Arguments(
             model=model,

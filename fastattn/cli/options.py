@@ -177,6 +177,19 @@ def refuse_without(context: typer.Context, needed: str, *names: str) -> None:
             )
 
 
+def refuse_idle_fine_tuning(context: typer.Context, model: Path, fine_tune: bool | None) -> None:
+    """Epochs of fine-tuning do nothing where the softmax model is taken as it is.
+
+    Raises:
+        ModelError: ``model`` holds none.
+    """
+    from fastattn.recipes.models import is_fine_tuned, load_config
+
+    if fine_tune is None and is_fine_tuned(load_config(model)):
+        needed = f"--fine-tune, as {model} is fine-tuned already"
+        refuse_without(context, needed, "fine_tune_epochs")
+
+
 def has_bf16() -> bool:
     """Whether bfloat16 is faster than float32 here: AVX512-BF16 or AMX, or a GPU with it."""
     import torch

@@ -51,8 +51,8 @@ def compare(
 
     Args:
         a, b: folders of fine-tuned classifiers with the same labels, softmax or linear.
-        max_length: tokens read of a text; None: what each model has positions for (a linear model)
-            and at most 512 of them (a softmax model).
+        max_length: tokens read of a text; None: what each model has positions for; with rotary positions
+            what its tokenizer lets through, and at most 512 of that if its attention is softmax.
         lengths: input lengths to measure time and memory at.
         seed: of the bootstrap.
 
@@ -144,7 +144,9 @@ def _tokens_read(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
                 f"max_length {max_length} is more than the {limit} positions of {path}"
             )
         return max_length
+    if limit is not None:
+        return limit
     said = tokenizer.model_max_length  # 1e30 where nothing is said
     trained = said if said < 2**31 else getattr(config, "max_position_embeddings", None)
-    most = int(limit or trained or 512)
+    most = int(trained or 512)
     return most if is_linear(config) else min(512, most)

@@ -13,6 +13,7 @@ import fastattn
 from fastattn.recipes.compare import bootstrap, compare
 from fastattn.recipes.comparison import plot_comparison, print_comparison
 from fastattn.recipes.errors import DataError, ModelError
+from fastattn.recipes.models import load_model, load_tokenizer
 from tests.recipes.tiny import make_model
 
 
@@ -64,6 +65,19 @@ def test_bootstrap_interval_has_the_binomial_width() -> None:
     assert found["B"]["accuracy"] == (1.0, 1.0)
     assert found["B - A"]["accuracy"] == pytest.approx((1 - high, 1 - low), abs=1e-6)
     assert found == bootstrap(said, truth, truth, 2) != bootstrap(said, truth, truth, 2, seed=1)
+
+
+def test_an_extended_softmax_model_reads_all_it_has_positions_for(
+    classifier: Path, data: Path, tmp_path: Path
+) -> None:
+    longer = tmp_path / "longer"
+    model = fastattn.extend_positions(load_model(classifier), 1024)
+    model.save_pretrained(longer)
+    load_tokenizer(classifier).save_pretrained(longer)
+    models = compare(classifier, longer, data / "dev.jsonl")["models"]
+    assert models["A"]["max_length"] == 64
+    assert models["B"]["max_length"] == 1024
+    assert models["B"]["attention"] == "softmax"
 
 
 def test_what_cannot_be_compared(
