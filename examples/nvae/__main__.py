@@ -77,11 +77,18 @@ def main(arguments: list[str] | None = None) -> None:
     say(f"{(time.monotonic() - start) / 60:.1f} minutes")
 
 
+class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Where there are any: help texts say themselves what happens without."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.nvae",
         description="Train a deep hierarchical VAE with linear attention, and measure it in nats.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=ShowDefaults,
     )
     add = parser.add_argument
     add("--data", type=Path, help="MNIST-format file, folder of such files, or of images; "

@@ -51,8 +51,8 @@ def compare(
 
     Args:
         a, b: folders of fine-tuned classifiers with the same labels, softmax or linear.
-        max_length: tokens read of a text; None: what each model has positions for; with rotary positions
-            what its tokenizer lets through, and at most 512 of that if its attention is softmax.
+        max_length: tokens read of a text; None: what each model has positions for; with rotary
+            positions what its tokenizer lets through, at most 512 if its attention is softmax.
         lengths: input lengths to measure time and memory at.
         seed: of the bootstrap.
 

@@ -9,8 +9,10 @@ weights and the libraries are not in it.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -71,7 +73,7 @@ def measure(
             for length in lengths:
                 arguments = (name, path, length, max(lengths), batch, bf16, threads)
                 try:
-                    with ProcessPoolExecutor(1, mp_context=context) as process:
+                    with ProcessPoolExecutor(1, context, _end_with_parent) as process:
                         point = process.submit(_measure_point, *arguments).result()
                 except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError) as error:
                     raise ModelError(
@@ -81,6 +83,18 @@ def measure(
                 points.append(asdict(point))
                 advance(1, f"{name} {length}: {point.seconds:.3g} s")
     return points
+
+
+def _end_with_parent() -> None:
+    """A process that waits for work doesn't notice when the one that would give it is killed."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _measure_point(

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +32,8 @@ from fastattn.recipes.errors import DataError, ModelError, OutputError
 from fastattn.recipes.linearize import linearize
 from fastattn.recipes.models import is_linear, load_config, load_model, load_tokenizer
 from fastattn.recipes.report import plot, write_json
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +103,40 @@ def test_a_measuring_process_that_is_killed_says_so(
     monkeypatch.setattr(measuring, "ProcessPoolExecutor", Killed)
     with pytest.raises(ModelError, match="measuring linear at 8 tokens failed.*shorter --lengths"):
         measuring.measure({"linear": finished}, (8,))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_measuring_process_outlives_a_killed_command(finished: Path, tmp_path: Path) -> None:
+    script = tmp_path / "endless.py"  # a process of a script that imports what it runs
+    script.write_text(
+        "from pathlib import Path\n"
+        "from fastattn.recipes.measure import measure\n"
+        "if __name__ == '__main__':\n"
+        f"    measure({{'linear': Path({str(finished)!r})}}, [8] * 1000)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, script], env=environment, start_new_session=True) as run:
+        until(lambda: len(processes_of_session(run.pid)) == 4)  # two helpers and the one that works
+        run.kill()
+    until(lambda: not processes_of_session(run.pid))
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def processes_of_session(session: int) -> list[str]:
+    """Their command lines."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state != "Z":
+                found.append((stat.parent / "cmdline").read_text().replace("\0", " "))
+    return found
 
 
 def test_teacher_is_a_plain_model(finished: Path) -> None:
