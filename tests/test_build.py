@@ -78,3 +78,37 @@ def test_cuda_is_built_where_it_will_run(
     told = plan(tmp_path, setting, nvcc, gpus)
     assert expected in told
     assert ("nvcc='/" in told) == ("why_not=''" in told)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_a_wheel_from_a_source_distribution_runs_with_torch_alone(tmp_path: Path) -> None:
+    """Where there is no compiler, and no package of any extra."""
+    source, out, site = tmp_path / "source", tmp_path / "out", tmp_path / "site"
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=left_out)
+    environment = os.environ | {"FASTATTN_CUDA": "0"}
+    script = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
+    subprocess.run([sys.executable, "-c", script], cwd=source, check=True, capture_output=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = [*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", out]
+    subprocess.run([*build, next(out.glob("*.tar.gz"))], check=True, env=environment)
+    install = [*pip, "install", "--no-deps", "--target", site, next(out.glob("*.whl"))]
+    subprocess.run(install, check=True)
+    script = (
+        "import sys\n"
+        "for name in ('transformers', 'safetensors', 'datasets', 'rich', 'typer', 'triton'):\n"
+        "    sys.modules[name] = None\n"
+        "import torch, fastattn\n"
+        f"assert fastattn.__file__.startswith({str(site)!r}), fastattn.__file__\n"
+        "q, k, v = torch.rand(3, 1, 100, 2, 32).unbind()\n"
+        "for causal in (False, True):\n"
+        "    got, true = (fastattn.linear_attention(q, k, v, is_causal=causal, backend=backend)\n"
+        "                 for backend in ('cpu', 'reference'))\n"
+        "    torch.testing.assert_close(got, true)\n"
+    )
+    user = {"PYTHONPATH": str(site), "PATH": str(tmp_path / "empty")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=user, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
