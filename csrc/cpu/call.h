@@ -273,11 +273,13 @@ class Call {
   // As many as leave two runs for each thread and whose states stay in its cache; where a head is
   // one segment there is nothing to gain.
   int64_t run_length() const {
-    constexpr int64_t most = 4, most_bytes = int64_t{256} << 10;
+    constexpr int64_t most = 6, most_bytes = int64_t{256} << 10;
     if (most_segments() == 1) return 1;
     const int64_t fit = most_bytes / (n_.state_stride() * static_cast<int64_t>(sizeof(Real)));
-    const int64_t share = std::min(tasks() / (2 * a_.threads), p_.num_kv_heads);
-    return std::max<int64_t>(std::min({most, fit, share}), 1);
+    const int64_t share = std::min(tasks() / (1 * a_.threads), p_.num_kv_heads);
+    const int64_t length = std::max<int64_t>(std::min({most, fit, share}), 1);
+    const int64_t runs = (p_.num_kv_heads + length - 1) / length;
+    return (p_.num_kv_heads + runs - 1) / runs;
   }
 
   Rows<const Real> features(const Strided& tensor, int64_t batch, int64_t head, int64_t token,

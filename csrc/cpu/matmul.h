@@ -6,6 +6,8 @@
 // over k in order, so blocking never changes a bit.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace fastattn {
@@ -60,10 +62,12 @@ struct Bf16Pairs : InVectors {
 };
 #endif
 
-// What a product does before each block of so many numbers: nothing, or ask for memory that will be
-// needed.
+// What a product does at each step of k: nothing, or ask for memory that will be needed (see
+// lookahead.h).
 struct Nothing {
-  FASTATTN_INLINE void operator()(int64_t) const {}
+  FASTATTN_INLINE Nothing take(int64_t) const { return {}; }
+  FASTATTN_INLINE int64_t count() const { return 0; }
+  FASTATTN_INLINE void operator()() const {}
 };
 
 // What a product does to row i of its result before writing it: nothing, or multiply it by a number.
@@ -84,13 +88,16 @@ struct Scaled {
 };
 
 // `finish` is given rows from first_row on.
-template <class Arith, int BlockRows, int Vectors, bool Accumulate, class Finish>
+template <class Arith, int BlockRows, int Vectors, bool Accumulate, class Between, class Finish>
 FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, int64_t row_stride,
                                   int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
-                                  typename Arith::Accumulator* C, int64_t ldc, const Finish& finish,
-                                  int64_t first_row) {
+                                  typename Arith::Accumulator* C, int64_t ldc, Between& between,
+                                  const Finish& finish, int64_t first_row) {
   using Real = typename Arith::Accumulator;
   constexpr int L = kLanes<Real>;
+  // A line for every eight numbers of a whole block: enough for all that the next tile touches.
+  constexpr int steps_per_line = std::max(1, 8 * 48 / (kBlockRows * kBlockVectors * L));
+  auto ask = between.take(K / steps_per_line);
   Vector<Real> sum[BlockRows][Vectors];
   unroll<BlockRows>([&](auto i) FASTATTN_INLINE_LAMBDA {
     const Real* row = C + i * ldc;
@@ -99,6 +106,7 @@ FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, i
     });
   });
   for (int64_t k = 0; k < K; ++k) {
+    if (k % steps_per_line == 0) ask();
     decltype(Arith::load_b(B)) b[Vectors];
     unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA { b[j] = Arith::load_b(B + j * L); });
     unroll<BlockRows>([&](auto i) FASTATTN_INLINE_LAMBDA {
@@ -126,9 +134,8 @@ void matmul_panel(int64_t M, int64_t K, const typename Arith::Element* A, int64_
                   const Finish& finish) {
   int64_t i = 0;
   for (; i + kBlockRows <= M; i += kBlockRows) {
-    between(kBlockRows * Vectors * kLanes<typename Arith::Accumulator>);
     matmul_block<Arith, kBlockRows, Vectors, Accumulate>(
-        K, A + i * row_stride, row_stride, k_stride, B, ldb, C + i * ldc, ldc, finish, i);
+        K, A + i * row_stride, row_stride, k_stride, B, ldb, C + i * ldc, ldc, between, finish, i);
   }
   A += i * row_stride;
   C += i * ldc;
@@ -136,7 +143,7 @@ void matmul_panel(int64_t M, int64_t K, const typename Arith::Element* A, int64_
 #define FASTATTN_ROWS(n)                                                                     \
   case n:                                                                                    \
     matmul_block<Arith, n, Vectors, Accumulate>(K, A, row_stride, k_stride, B, ldb, C, ldc,  \
-                                                finish, i);                                  \
+                                                between, finish, i);                         \
     break;
     FASTATTN_ROWS(1)
     FASTATTN_ROWS(2)

@@ -91,9 +91,11 @@ FASTATTN_INLINE void tile_block(int64_t K, const uint32_t* A, int64_t lda, const
 template <int Rows, bool Accumulate, class Between>
 void tile_panel(int64_t N, int64_t K, const uint32_t* A, int64_t lda, const uint32_t* B,
                 int64_t ldb, float* C, int64_t ldc, Between& between) {
+  constexpr int64_t lines = Rows * 2 * kTile * kTile / 8;  // for every eight numbers, as in matmul.h
   int64_t j = 0;
   for (; j + 2 * kTile <= N; j += 2 * kTile) {
-    between(Rows * 2 * kTile * kTile);
+    auto ask = between.take(lines);
+    for (int64_t i = 0; i < ask.count(); ++i) ask();
     tile_block<Rows, 2, Accumulate>(K, A, lda, B + j, ldb, C + j, ldc);
   }
   if (j < N) tile_block<Rows, 1, Accumulate>(K, A, lda, B + j, ldb, C + j, ldc);
