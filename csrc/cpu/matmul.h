@@ -29,7 +29,7 @@ struct NoRegisters {
 struct InVectors {
   using Registers = NoRegisters;
   static constexpr bool in_tiles = false;
-  static constexpr int64_t tile_rows = 48, lower_rows = kBlockRows, score_rows = 2 * kBlockRows;
+  static constexpr int64_t tile_rows = 48, lower_rows = kBlockRows, score_rows = 16;
 };
 
 // What one step of k multiplies: plain numbers, or with AVX512-BF16 two bf16 at a time (with AMX
@@ -126,24 +126,26 @@ FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, i
   });
 }
 
-// One panel of `Vectors` columns; the last rows take a smaller block.
+// One panel of `Vectors` columns: a narrower one takes more rows, to keep as many sums in flight.
+// The last rows take a smaller block.
 template <class Arith, int Vectors, bool Accumulate, class Between, class Finish>
 void matmul_panel(int64_t M, int64_t K, const typename Arith::Element* A, int64_t row_stride,
                   int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
                   typename Arith::Accumulator* C, int64_t ldc, Between& between,
                   const Finish& finish) {
+  constexpr int rows = std::min(2 * kBlockRows, kBlockRows * kBlockVectors / Vectors);
   int64_t i = 0;
-  for (; i + kBlockRows <= M; i += kBlockRows) {
-    matmul_block<Arith, kBlockRows, Vectors, Accumulate>(
-        K, A + i * row_stride, row_stride, k_stride, B, ldb, C + i * ldc, ldc, between, finish, i);
-  }
-  A += i * row_stride;
-  C += i * ldc;
+  const auto block = [&](auto count) FASTATTN_INLINE_LAMBDA {
+    matmul_block<Arith, count, Vectors, Accumulate>(K, A + i * row_stride, row_stride, k_stride, B,
+                                                    ldb, C + i * ldc, ldc, between, finish, i);
+    i += count;
+  };
+  while (i + rows <= M) block(std::integral_constant<int, rows>{});
+  if (rows > kBlockRows && i + kBlockRows <= M) block(std::integral_constant<int, kBlockRows>{});
   switch (M - i) {
-#define FASTATTN_ROWS(n)                                                                     \
-  case n:                                                                                    \
-    matmul_block<Arith, n, Vectors, Accumulate>(K, A, row_stride, k_stride, B, ldb, C, ldc,  \
-                                                between, finish, i);                         \
+#define FASTATTN_ROWS(n)                       \
+  case n:                                      \
+    block(std::integral_constant<int, n>{});   \
     break;
     FASTATTN_ROWS(1)
     FASTATTN_ROWS(2)
@@ -173,13 +175,9 @@ void matmul(int64_t M, int64_t N, int64_t K, const typename Arith::Element* A, i
     int64_t j = 0;
     for (; j + kBlockVectors * L <= N; j += kBlockVectors * L)
       panel(j, std::integral_constant<int, kBlockVectors>{});
-    if constexpr (kBlockVectors > 2) {
-      if (j + 2 * L <= N) {
-        panel(j, std::integral_constant<int, 2>{});
-        j += 2 * L;
-      }
-    }
-    if (j + L <= N) panel(j, std::integral_constant<int, 1>{});
+    unroll<kBlockVectors - 1>([&](auto i) FASTATTN_INLINE_LAMBDA {
+      if ((N - j) / L == i + 1) panel(j, std::integral_constant<int, i + 1>{});
+    });
   }
 }
 
