@@ -246,7 +246,7 @@ class Causal : private Call<Real, Arith> {
     const Real* phi_q = tile.phi_q;
     const Element* A_query = Pack::pair_columns(phi_q, rows, fw, tile.phi_q_features);
     matmul_to_lower<Arith>(rows, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
-                           operands.keys, kChunk, tile.scores, kChunk);
+                           operands.keys, kChunk, tile.scores, kChunk, ahead);
     keep_lower<Arith>(tile.scores, rows);
     const Element* A_scores = Pack::pair_columns(tile.scores, rows, kChunk, tile.scores_tokens);
     Real inverse[kChunk];
@@ -259,7 +259,7 @@ class Causal : private Call<Real, Arith> {
                          operands.state, vw, out.data, out.stride, ahead);
     matmul_from_lower<Arith>(rows, vw, A_scores, Pack::elements(kChunk), operands.values, vw,
                              out.data, out.stride, Pack::per_element,
-                             divides() ? inverse : nullptr);
+                             divides() ? inverse : nullptr, ahead);
   }
 
   // ---- backward ---------------------------------------------------------------------------------
@@ -335,11 +335,11 @@ class Causal : private Call<Real, Arith> {
     matmul<Arith, false>(rows, fw, Pack::elements(n_.values), g, Pack::elements(vw), 1,
                          operands.state_transposed, fw, dphi_q, fw, ahead);
     matmul_to_lower<Arith>(rows, Pack::elements(n_.values), g, Pack::elements(vw), 1,
-                           operands.values_transposed, kChunk, tile.scores, kChunk);
+                           operands.values_transposed, kChunk, tile.scores, kChunk, ahead);
     keep_lower<Arith>(tile.scores, rows);
     const Element* scores = Pack::pair_columns(tile.scores, rows, kChunk, tile.scores_tokens);
     matmul_from_lower<Arith>(rows, fw, scores, Pack::elements(kChunk), operands.keys, fw, dphi_q,
-                             fw, Pack::per_element);
+                             fw, Pack::per_element, nullptr, ahead);
     if (divides()) {
       Real along[kChunk];
       dots(phi_q, dphi_q, fw, rows, fw, along);
@@ -362,14 +362,15 @@ class Causal : private Call<Real, Arith> {
     for (int64_t t = begin + (end - begin - 1) / kChunk * kChunk; t >= begin; t -= kChunk) {
       const int64_t rows = std::min(kChunk, end - t);
       KeysTransposed operands{};
+      Lookahead ahead_of_keys;
       if constexpr (Writes) {
         const Real* value = load_keys(s, h, t, rows, tile);
         operands = {values_transposed(rows, value, tile),
                     Pack::pair_columns_transposed(tile.phi_k, rows, n_.features, fw,
                                                   tile.phi_k_transposed, tile.phi_k_features,
                                                   kChunk)};
-        auto ahead = Base::template keys_ahead<true>(s, h, t - kChunk);
-        key_gradient_of_later_chunks(rows, value, after, local, tile, ahead);
+        ahead_of_keys = Base::template keys_ahead<true>(s, h, t - kChunk);
+        key_gradient_of_later_chunks(rows, value, after, local, tile, ahead_of_keys);
       }
       Base::for_query_heads(h, [&](int64_t q) {
         const int64_t in_group = q - h * n_.group;
@@ -378,7 +379,8 @@ class Causal : private Call<Real, Arith> {
         Base::read_gradients(s, q, t, rows, factors.inverse(in_group, t), tile.g);
         const Element* queries = Pack::pair_rows(tile.phi_q, rows, fw, tile.phi_q_tokens);
         const Element* g = Pack::pair_rows(tile.g, rows, vw, tile.g_tokens);
-        if constexpr (Writes) key_gradient_of_this_chunk(rows, operands, queries, g, delta, tile);
+        if constexpr (Writes)
+          key_gradient_of_this_chunk(rows, operands, queries, g, delta, tile, ahead_of_keys);
         auto ahead = Base::template queries_ahead<false>(s, q, t - kChunk);
         matmul<Arith, true>(n_.features, vw, Pack::elements(rows), queries, 1, fw, g, vw, local.S,
                             vw, ahead);
@@ -420,21 +422,21 @@ class Causal : private Call<Real, Arith> {
   // The same from the queries i >= j of this chunk, through the scores.
   void key_gradient_of_this_chunk(int64_t rows, const KeysTransposed& operands,
                                   const Element* queries, const Element* g, const Real* delta,
-                                  const BackwardTile& tile) const {
+                                  const BackwardTile& tile, Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     const auto add_from_scores = [&](const Element* B, int64_t width, Real* sums) {
       keep_lower<Arith>(tile.scores, rows);
       const Element* A = Pack::pair_rows(tile.scores, rows, kChunk, tile.scores_tokens);
       matmul_from_lower_transposed<Arith>(rows, width, A, kChunk, B, width, sums, width,
-                                          Pack::per_element);
+                                          Pack::per_element, ahead);
     };
     const Element* A_query = Pack::pair_columns(tile.phi_q, rows, fw, tile.phi_q_features);
     matmul_to_lower<Arith>(rows, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
-                           operands.keys, kChunk, tile.scores, kChunk);
+                           operands.keys, kChunk, tile.scores, kChunk, ahead);
     add_from_scores(g, vw, tile.dvalue);
     const Element* A_g = Pack::pair_columns(tile.g, rows, vw, tile.g_features);
     matmul_to_lower<Arith>(rows, Pack::elements(n_.values), A_g, Pack::elements(vw), 1,
-                           operands.values, kChunk, tile.scores, kChunk);
+                           operands.values, kChunk, tile.scores, kChunk, ahead);
     if (divides())
       for (int64_t r = 0; r < rows; ++r)
         add_to_row(tile.scores + r * kChunk, delta[r], padded<Real>(r + 1));

@@ -186,33 +186,34 @@ void matmul(int64_t M, int64_t N, int64_t K, const typename Arith::Element* A, i
 // caller.
 
 // Scores: C[i, j] = sum_k A[i, k] B[k, j] for j <= i.
-template <class Arith>
+template <class Arith, class Between = Nothing>
 void matmul_to_lower(int64_t rows, int64_t K, const typename Arith::Element* A, int64_t row_stride,
                      int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
-                     typename Arith::Accumulator* C, int64_t ldc) {
+                     typename Arith::Accumulator* C, int64_t ldc, Between&& between = {}) {
   constexpr int L = kLanes<typename Arith::Accumulator>;
   constexpr int64_t step = Arith::score_rows;
   for (int64_t i = 0; i < rows; i += step) {
     const int64_t count = rows - i < step ? rows - i : step;
     const int64_t columns = (i + count + L - 1) / L * L;
     matmul<Arith, false>(count, columns, K, A + i * row_stride, row_stride, k_stride, B, ldb,
-                         C + i * ldc, ldc);
+                         C + i * ldc, ldc, between);
   }
 }
 
 // C[i] += sum_{k <= i} A[i, k] B[k]; A is zero above its diagonal. `per` is the number of tokens in
 // one element of k (2 for pairs). With `factors`, C[i] is multiplied by factors[i] at last.
-template <class Arith>
+template <class Arith, class Between = Nothing>
 void matmul_from_lower(int64_t rows, int64_t N, const typename Arith::Element* A,
                        int64_t row_stride, const typename Arith::Element* B, int64_t ldb,
                        typename Arith::Accumulator* C, int64_t ldc, int64_t per = 1,
-                       const typename Arith::Accumulator* factors = nullptr) {
+                       const typename Arith::Accumulator* factors = nullptr,
+                       Between&& between = {}) {
   constexpr int64_t step = Arith::lower_rows;
   for (int64_t i = 0; i < rows; i += step) {
     const int64_t count = rows - i < step ? rows - i : step;
     const auto product = [&](const auto& finish) FASTATTN_INLINE_LAMBDA {
       matmul<Arith, true>(count, N, (i + count + per - 1) / per, A + i * row_stride, row_stride, 1,
-                          B, ldb, C + i * ldc, ldc, Nothing{}, finish);
+                          B, ldb, C + i * ldc, ldc, between, finish);
     };
     if (factors)
       product(Scaled<typename Arith::Accumulator>{factors + i});
@@ -222,16 +223,17 @@ void matmul_from_lower(int64_t rows, int64_t N, const typename Arith::Element* A
 }
 
 // C[j] += sum_{i >= j} A[i, j] B[i]; A is zero above its diagonal.
-template <class Arith>
+template <class Arith, class Between = Nothing>
 void matmul_from_lower_transposed(int64_t rows, int64_t N, const typename Arith::Element* A,
                                   int64_t lda, const typename Arith::Element* B, int64_t ldb,
-                                  typename Arith::Accumulator* C, int64_t ldc, int64_t per = 1) {
+                                  typename Arith::Accumulator* C, int64_t ldc, int64_t per = 1,
+                                  Between&& between = {}) {
   constexpr int64_t step = Arith::lower_rows;
   static_assert(step % 2 == 0, "blocks begin where pairs do");
   for (int64_t j = 0; j < rows; j += step) {
     const int64_t count = rows - j < step ? rows - j : step, k = j / per;
     matmul<Arith, true>(count, N, (rows - j + per - 1) / per, A + k * lda + j, 1, lda, B + k * ldb,
-                        ldb, C + j * ldc, ldc);
+                        ldb, C + j * ldc, ldc, between);
   }
 }
 
