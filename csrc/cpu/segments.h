@@ -13,7 +13,7 @@
 namespace fastattn {
 
 constexpr int64_t kSegmentUnit = 48;  // tokens of the usual tile, so that segments end with one
-constexpr int64_t kSegmentTokens = 22 * kSegmentUnit;  // at least
+constexpr int64_t kSegmentTokens = 11 * kSegmentUnit;  // at least
 constexpr int64_t kMaxSegments = 64;                   // bounds the states kept for one sequence
 
 struct Segments {

@@ -33,7 +33,7 @@ ISA_VARIABLE = "FASTATTN_CPU_ISA"
 
 _MAX_DIM = 256
 _TILE_ROWS = 48  # kTileRows and so on, in csrc/cpu/segments.h
-_SEGMENT_TOKENS, _MAX_SEGMENTS = 22 * _TILE_ROWS, 64
+_SEGMENT_TOKENS, _MAX_SEGMENTS = 11 * _TILE_ROWS, 64
 
 
 def _join_torch_threads() -> None:
