@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from bench import cases, floors, gpu, limits, machine, memory, peers, plots, report, runner
-from fastattn.cli.options import keep_freed_memory
+from fastattn.recipes.memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 

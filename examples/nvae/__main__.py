@@ -24,7 +24,7 @@ from examples.nvae.exact import SpectralRegulariser
 from examples.nvae.model import NVAE, Shape, reestimate_batch_norm
 from examples.nvae.picture import draw
 from examples.nvae.training import Settings, balance, fit, kl_coefficient
-from fastattn.cli.options import keep_freed_memory
+from fastattn.recipes.memory import keep_freed_memory
 
 PLAIN_BATCH_SIZE = 100
 TRAINING_SECONDS, LEAST_STEPS, MOST_STEPS = 200, 1000, 2000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -209,23 +208,10 @@ def set_up(threads: int | None) -> None:
     import torch
     import transformers
 
+    from fastattn.recipes.memory import keep_freed_memory
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
-
-
-def keep_freed_memory() -> bool:
-    """Tell the C allocator to give nothing back to the system; False where it can't be told.
-
-    Otherwise tensors of some megabytes come as fresh pages every time, or not, as what ran before
-    happens to have left the allocator's thresholds: the system then spends up to as long on
-    clearing pages as a kernel on filling them (a fifth of the time of training a linear model).
-    """
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of glibc's malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))

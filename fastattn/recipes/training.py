@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from fastattn.recipes.memory import give_back
 from fastattn.recipes.progress import Advance, progress
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
+SCARCE = 0.25  # of the machine's memory: with less left, freed memory is given back
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -179,6 +182,7 @@ def fit(
     batches = len(trainer.get_train_dataloader())
     steps = max(1, math.ceil(settings.epochs * batches))
     with progress(description, steps) as advance:
+        trainer.add_callback(_GiveBackWhenScarce())
         trainer.add_callback(_ShowProgress(advance, note or trainer.recent_loss))
         trainer.train(resume_from_checkpoint=last)
     recent = trainer.losses[-max(1, len(trainer.losses) // 10) :]
@@ -237,6 +241,20 @@ class _ShowProgress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         count, self.step = state.global_step - self.step, state.global_step
         self.advance(count, self.note())
+
+
+class _GiveBackWhenScarce(TrainerCallback):
+    """Gives what is kept back to the system after a step that left little memory to others.
+
+    Batches of many lengths leave holes between tensors, and a process that keeps them all can grow
+    to several times of what it uses at any one time. Giving them back costs up to a quarter of a
+    step's time, so it is done only then.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        memory = psutil.virtual_memory()
+        if memory.available < SCARCE * memory.total:
+            give_back()
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from fastattn.recipes import training
 from fastattn.recipes.data import find_files, load_task, tokenize
 from fastattn.recipes.losses import distillation_loss, task_loss
 from fastattn.recipes.training import (
@@ -135,3 +137,19 @@ def test_fit_learns_and_leaves_frozen_parameters(
     loss = fit(model, tokens, tokenizer, task_loss, settings, tmp_path, "Training")
     assert loss < 0.4  # 0.69 at the start
     assert torch.equal(embeddings, before)
+
+
+@pytest.mark.parametrize("left", [0.2, 0.5])
+def test_fit_gives_memory_back_while_it_is_scarce(
+    classifier: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: float
+) -> None:
+    given_back = []
+    monkeypatch.setattr(training, "give_back", lambda: given_back.append(True))
+    memory = SimpleNamespace(total=100.0, available=100 * left)
+    monkeypatch.setattr(training.psutil, "virtual_memory", lambda: memory)
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    tokens = tokenize(load_task(*find_files(data)).train, tokenizer, 32)
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    settings = Settings(epochs=0.25, learning_rate=1e-4, batch_size=16)
+    fit(model, tokens, tokenizer, task_loss, settings, tmp_path, "Training")
+    assert len(given_back) == (3 if left < 0.25 else 0)  # steps: a quarter of 192 / 16
