@@ -205,13 +205,33 @@ class Call {
                n_.value_width);
   }
 
-  // What the tile of tokens from t on will touch, of one kv head or one query head: asked for while
-  // the present tile is multiplied. `Writes`: also where its results go.
+  // The first token of a tile, and its kv head.
+  struct Place {
+    int64_t head, token;
+  };
+
+  // What follows tile t of segment i where a run takes the segment of one head after the other's.
+  static Place next_tile(const Segments& segments, HeadRun run, int64_t h, int64_t i, int64_t t) {
+    if (t + kRows < segments.end(i)) return {h, t + kRows};
+    if (h + 1 < run.end) return {h + 1, segments.begin(i)};
+    return {run.first, segments.end(i)};
+  }
+
+  // The same where a segment's tiles are taken last one first, and segments, too.
+  static Place next_tile_in_reverse(const Segments& segments, HeadRun run, int64_t h, int64_t i,
+                                    int64_t t) {
+    if (t > segments.begin(i)) return {h, t - kRows};
+    if (h + 1 < run.end) return {h + 1, segments.begin(i)};
+    return {run.first, segments.begin(std::max<int64_t>(i - 1, 0))};
+  }
+
+  // What a tile will touch: asked for while the one before is multiplied. `Writes`: also where its
+  // results go.
   template <bool Writes>
-  Lookahead keys_ahead(const Sequence& s, int64_t h, int64_t t) const {
+  Lookahead keys_ahead(const Sequence& s, Place tile) const {
     Lookahead ahead;
     const auto add = [&](const Strided& tensor, int64_t n) {
-      ahead.add(tensor, s.batch, h, s.key_begin + t, kRows, p_.dtype, n);
+      ahead.add(tensor, s.batch, tile.head, s.key_begin + tile.token, kRows, p_.dtype, n);
     };
     if constexpr (Writes) {
       add(a_.grad_key, p_.head_dim);
@@ -222,11 +242,13 @@ class Call {
     return ahead;
   }
 
+  // Of query head `in_group` of those that share the kv head.
   template <bool Writes>
-  Lookahead queries_ahead(const Sequence& s, int64_t q, int64_t t) const {
+  Lookahead queries_ahead(const Sequence& s, Place tile, int64_t in_group) const {
+    const int64_t q = tile.head * n_.group + in_group;
     Lookahead ahead;
     const auto add = [&](const Strided& tensor, int64_t n) {
-      ahead.add(tensor, s.batch, q, s.query_begin + t, kRows, p_.dtype, n);
+      ahead.add(tensor, s.batch, q, s.query_begin + tile.token, kRows, p_.dtype, n);
     };
     if constexpr (Writes) {
       add(a_.out, n_.values);
@@ -270,13 +292,11 @@ class Call {
  private:
   int64_t tasks() const { return static_cast<int64_t>(sequences_.size()) * p_.num_kv_heads; }
 
-  // As many as leave two runs for each thread and whose states stay in its cache; where a head is
-  // one segment there is nothing to gain.
+  // As many as leave a run for each thread and whose states stay in its cache, about as many in each.
   int64_t run_length() const {
     constexpr int64_t most = 6, most_bytes = int64_t{256} << 10;
-    if (most_segments() == 1) return 1;
     const int64_t fit = most_bytes / (n_.state_stride() * static_cast<int64_t>(sizeof(Real)));
-    const int64_t share = std::min(tasks() / (1 * a_.threads), p_.num_kv_heads);
+    const int64_t share = std::min(tasks() / a_.threads, p_.num_kv_heads);
     const int64_t length = std::max<int64_t>(std::min({most, fit, share}), 1);
     const int64_t runs = (p_.num_kv_heads + length - 1) / length;
     return (p_.num_kv_heads + runs - 1) / runs;

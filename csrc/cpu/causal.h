@@ -52,7 +52,7 @@ class Causal : private Call<Real, Arith> {
         run.each([&](int64_t h) { n_.read(a_.initial, head(s, h), start(h)); });
         for (int64_t i = 0; i < s.keys.count; ++i)
           run.each([&](int64_t h) {
-            emit_segment(s, h, i, start(h), local, tile);
+            emit_segment(s, run, h, i, start(h), local, tile);
             n_.merge(start(h), local);
           });
         run.each([&](int64_t h) { n_.write(a_.final, head(s, h), start(h)); });
@@ -71,7 +71,8 @@ class Causal : private Call<Real, Arith> {
       n_.clear(state(s, h, i));
       for_chunks(s, i, [&](int64_t t, int64_t rows) {
         const Element* values = load_keys(s, h, t, rows, tile);
-        auto ahead = Base::template keys_ahead<false>(s, h, t + kChunk);
+        const auto next = Base::next_tile(s.keys, {h, h + 1}, h, i, t);
+        auto ahead = Base::template keys_ahead<false>(s, next);
         accumulate(rows, values, state(s, h, i), tile, ahead);
       });
     });
@@ -85,7 +86,7 @@ class Causal : private Call<Real, Arith> {
     for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
       Scratch scratch;
       const auto local = n_.take_state(scratch);
-      emit_segment(s, h, i, state(s, h, i), local, ForwardTile(n_, scratch));
+      emit_segment(s, {h, h + 1}, h, i, state(s, h, i), local, ForwardTile(n_, scratch));
     });
   }
 
@@ -105,7 +106,7 @@ class Causal : private Call<Real, Arith> {
           run.each([&](int64_t h) {
             const Factors factors{rows, longest, s.keys.begin(i)};
             sweep_forward(s, h, i, tile, factors);
-            sweep_reverse<true>(s, h, i, gradient(h), local, tile, factors);
+            sweep_reverse<true>(s, run, h, i, gradient(h), local, tile, factors);
             n_.merge(gradient(h), local);
           });
         run.each([&](int64_t h) { n_.write(a_.grad_initial, head(s, h), gradient(h)); });
@@ -126,7 +127,8 @@ class Causal : private Call<Real, Arith> {
       Scratch scratch;
       const BackwardTile tile(n_, scratch);
       sweep_forward(s, h, i, tile, factors_of(s, h, i));
-      sweep_reverse<false>(s, h, i, state(s, h, i), state(s, h, i), tile, factors_of(s, h, i));
+      sweep_reverse<false>(s, {h, h + 1}, h, i, state(s, h, i), state(s, h, i), tile,
+                           factors_of(s, h, i));
     });
     for_heads([&](const Sequence& s, int64_t h) {
       Scratch scratch;
@@ -138,7 +140,7 @@ class Causal : private Call<Real, Arith> {
     for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
       Scratch scratch;
       const BackwardTile tile(n_, scratch);
-      sweep_reverse<true>(s, h, i, state(s, h, i), n_.take_state(scratch), tile,
+      sweep_reverse<true>(s, {h, h + 1}, h, i, state(s, h, i), n_.take_state(scratch), tile,
                           factors_of(s, h, i));
     });
   }
@@ -184,22 +186,23 @@ class Causal : private Call<Real, Arith> {
   // ---- forward ----------------------------------------------------------------------------------
 
   // Outputs of segment i; local ends as its sums.
-  void emit_segment(const Sequence& s, int64_t h, int64_t i, LocalState<Real> start,
+  void emit_segment(const Sequence& s, HeadRun run, int64_t h, int64_t i, LocalState<Real> start,
                     LocalState<Real> local, const ForwardTile& tile) const {
     save(s, h, i, start);
     n_.clear(local);
     for_chunks(s, i, [&](int64_t t, int64_t rows) {
       const Element* values = load_keys(s, h, t, rows, tile);
       const KeyOperands operands = prepare(rows, values, start, local, tile);
+      const auto next = Base::next_tile(s.keys, run, h, i, t);
       Base::for_query_heads(h, [&](int64_t q) {
         phi_.of_queries(rows, Base::queries(s, q, t, rows, tile.phi_q), tile.phi_q,
                         tile.inverse_norm);
         const Rows<Real> out = Base::place_for_out(s, q, t, tile.out);
-        auto ahead = Base::template queries_ahead<true>(s, q, t + kChunk);
+        auto ahead = Base::template queries_ahead<true>(s, next, q - h * n_.group);
         emit(rows, operands, tile, out, ahead);
         Base::finish_out(s, q, t, rows, out, tile.out);
       });
-      auto ahead = Base::template keys_ahead<false>(s, h, t + kChunk);
+      auto ahead = Base::template keys_ahead<false>(s, next);
       accumulate(rows, values, local, tile, ahead);
     });
   }
@@ -287,6 +290,7 @@ class Causal : private Call<Real, Arith> {
     transpose<Real>(n_.features, n_.values, tile.start.S, vw, tile.start_transposed, fw);
     zero(tile.local_transposed, n_.values * fw);
     for_chunks(s, segment, [&](int64_t t, int64_t rows) {
+      const typename Base::Place next{h, t + kChunk};
       const Real* value = load_keys(s, h, t, rows, tile);
       running_sums<true>(tile.start.z, tile.phi_k, rows, fw, tile.z);
       const KeysBefore operands = {
@@ -297,7 +301,7 @@ class Causal : private Call<Real, Arith> {
       Base::for_query_heads(h, [&](int64_t q) {
         const int64_t in_group = q - h * n_.group;
         load_queries(s, q, t, rows, tile);
-        auto ahead = Base::template queries_ahead<true>(s, q, t + kChunk);
+        auto ahead = Base::template queries_ahead<true>(s, next, in_group);
         typename Base::Denominators den;
         if (divides()) {
           dots(tile.phi_q, tile.z, fw, rows, fw, den.inverse);
@@ -308,7 +312,7 @@ class Causal : private Call<Real, Arith> {
         query_gradient(rows, operands, den, factors.delta(in_group, t), tile, ahead);
         Base::write_query_gradients(s, q, t, rows, tile.dphi_q);
       });
-      auto ahead = Base::template keys_ahead<false>(s, h, t + kChunk);
+      auto ahead = Base::template keys_ahead<false>(s, next);
       const Element* A = Pack::pair_rows(value, rows, vw, tile.value_tokens);
       matmul<Arith, true>(n_.values, fw, Pack::elements(rows), A, 1, vw, operands.keys, fw,
                           tile.local_transposed, fw, ahead);
@@ -353,14 +357,15 @@ class Causal : private Call<Real, Arith> {
   // local = the segment's sums of phi(q) g^T and delta phi(q), from zero, last chunk first. With
   // `Writes`, dk and dv as well; `after` then holds the sums of all later segments.
   template <bool Writes>
-  void sweep_reverse(const Sequence& s, int64_t h, int64_t segment, LocalState<Real> after,
-                     LocalState<Real> local, const BackwardTile& tile,
+  void sweep_reverse(const Sequence& s, HeadRun run, int64_t h, int64_t segment,
+                     LocalState<Real> after, LocalState<Real> local, const BackwardTile& tile,
                      const Factors& factors) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     const int64_t begin = s.keys.begin(segment), end = s.keys.end(segment);
     n_.clear(local);
     for (int64_t t = begin + (end - begin - 1) / kChunk * kChunk; t >= begin; t -= kChunk) {
       const int64_t rows = std::min(kChunk, end - t);
+      const auto next = Base::next_tile_in_reverse(s.keys, run, h, segment, t);
       KeysTransposed operands{};
       Lookahead ahead_of_keys;
       if constexpr (Writes) {
@@ -369,7 +374,7 @@ class Causal : private Call<Real, Arith> {
                     Pack::pair_columns_transposed(tile.phi_k, rows, n_.features, fw,
                                                   tile.phi_k_transposed, tile.phi_k_features,
                                                   kChunk)};
-        ahead_of_keys = Base::template keys_ahead<true>(s, h, t - kChunk);
+        ahead_of_keys = Base::template keys_ahead<true>(s, next);
         key_gradient_of_later_chunks(rows, value, after, local, tile, ahead_of_keys);
       }
       Base::for_query_heads(h, [&](int64_t q) {
@@ -381,7 +386,7 @@ class Causal : private Call<Real, Arith> {
         const Element* g = Pack::pair_rows(tile.g, rows, vw, tile.g_tokens);
         if constexpr (Writes)
           key_gradient_of_this_chunk(rows, operands, queries, g, delta, tile, ahead_of_keys);
-        auto ahead = Base::template queries_ahead<false>(s, q, t - kChunk);
+        auto ahead = Base::template queries_ahead<false>(s, next, in_group);
         matmul<Arith, true>(n_.features, vw, Pack::elements(rows), queries, 1, fw, g, vw, local.S,
                             vw, ahead);
         if (divides()) matmul<Exact, true>(1, fw, rows, delta, 0, 1, tile.phi_q, fw, local.z, fw);

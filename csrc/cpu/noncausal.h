@@ -48,14 +48,14 @@ class NonCausal : private Call<Real, Arith> {
         });
         for (int64_t i = 0; i < s.keys.count; ++i)
           run.each([&](int64_t h) {
-            sum_keys(s, h, i, maximum(h), part, tile);
+            sum_keys(s, run, h, i, maximum(h), part, tile);
             n_.merge(total(h), part);
           });
         run.each([&](int64_t h) { finish(s, h, total(h), maximum(h)); });
         for (int64_t i = 0; i < s.queries.count; ++i)
           run.each([&](int64_t h) {
             prepare_state(total(h), tile);
-            emit(s, h, i, total(h), tile);
+            emit(s, run, h, i, total(h), tile);
           });
       });
       return;
@@ -85,7 +85,7 @@ class NonCausal : private Call<Real, Arith> {
     });
     for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
       Scratch scratch;
-      sum_keys(s, h, i, maximum(s, h, 0), part(s, h, i), ForwardTile(n_, scratch));
+      sum_keys(s, {h, h + 1}, h, i, maximum(s, h, 0), part(s, h, i), ForwardTile(n_, scratch));
     });
     for_heads([&](const Sequence& s, int64_t h) {
       n_.read(a_.initial, head(s, h), total(s, h));
@@ -96,7 +96,7 @@ class NonCausal : private Call<Real, Arith> {
       Scratch scratch;
       const ForwardTile tile(n_, scratch);
       prepare_state(total(s, h), tile);
-      emit(s, h, i, total(s, h), tile);
+      emit(s, {h, h + 1}, h, i, total(s, h), tile);
     });
   }
 
@@ -111,7 +111,7 @@ class NonCausal : private Call<Real, Arith> {
         for (int64_t i = 0; i < s.queries.count; ++i)
           run.each([&](int64_t h) {
             restore(s, h, tile);
-            backward_queries(s, h, i, part, tile);
+            backward_queries(s, run, h, i, part, tile);
             n_.merge(gradient(h), part);
           });
         run.each([&](int64_t h) { n_.write(a_.grad_initial, head(s, h), gradient(h)); });
@@ -119,7 +119,7 @@ class NonCausal : private Call<Real, Arith> {
           run.each([&](int64_t h) {
             restore(s, h, tile);
             prepare_gradient(gradient(h), tile);
-            backward_keys(s, h, i, gradient(h), tile);
+            backward_keys(s, run, h, i, gradient(h), tile);
           });
       });
       return;
@@ -136,7 +136,7 @@ class NonCausal : private Call<Real, Arith> {
       Scratch scratch;
       const BackwardTile tile(n_, scratch);
       restore(s, h, tile);
-      backward_queries(s, h, i, part(s, h, i), tile);
+      backward_queries(s, {h, h + 1}, h, i, part(s, h, i), tile);
     });
     for_heads([&](const Sequence& s, int64_t h) {
       n_.read(a_.grad_final, head(s, h), gradient(s, h));
@@ -148,7 +148,7 @@ class NonCausal : private Call<Real, Arith> {
       const BackwardTile tile(n_, scratch);
       restore(s, h, tile);
       prepare_gradient(gradient(s, h), tile);
-      backward_keys(s, h, i, gradient(s, h), tile);
+      backward_keys(s, {h, h + 1}, h, i, gradient(s, h), tile);
     });
   }
 
@@ -171,8 +171,8 @@ class NonCausal : private Call<Real, Arith> {
   };
 
   // part = sums over the keys of segment i, from zero.
-  void sum_keys(const Sequence& s, int64_t h, int64_t i, const Real* maximum, LocalState<Real> part,
-                const ForwardTile& tile) const {
+  void sum_keys(const Sequence& s, HeadRun run, int64_t h, int64_t i, const Real* maximum,
+                LocalState<Real> part, const ForwardTile& tile) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     n_.clear(part);
     for (int64_t t = s.keys.begin(i); t < s.keys.end(i); t += kRows) {
@@ -183,7 +183,7 @@ class NonCausal : private Call<Real, Arith> {
       const Element* A = Pack::pair_rows(tile.phi, rows, fw, tile.phi_pairs);
       const Element* B =
           Base::value_operand(s, h, t, rows, mask, tile.value, tile.value_pairs);
-      auto ahead = Base::template keys_ahead<false>(s, h, t + kRows);
+      auto ahead = Base::template keys_ahead<false>(s, Base::next_tile(s.keys, run, h, i, t));
       matmul<Arith, true>(n_.features, vw, Pack::elements(rows), A, 1, fw, B, vw, part.S, vw, ahead);
       add_rows(part.z, tile.phi, rows, fw);
     }
@@ -215,7 +215,7 @@ class NonCausal : private Call<Real, Arith> {
   }
 
   // Writes the outputs of segment i.
-  void emit(const Sequence& s, int64_t h, int64_t i, LocalState<Real> total,
+  void emit(const Sequence& s, HeadRun run, int64_t h, int64_t i, LocalState<Real> total,
             const ForwardTile& tile) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     const Element* S = Pack::either(total.S, tile.state_pairs);
@@ -224,7 +224,8 @@ class NonCausal : private Call<Real, Arith> {
       Base::for_query_heads(h, [&](int64_t q) {
         phi_.of_queries(rows, Base::queries(s, q, t, rows, tile.phi), tile.phi, tile.inverse_norm);
         const Element* A = Pack::pair_columns(tile.phi, rows, fw, tile.phi_pairs);
-        auto ahead = Base::template queries_ahead<true>(s, q, t + kRows);
+        const auto next = Base::next_tile(s.queries, run, h, i, t);
+        auto ahead = Base::template queries_ahead<true>(s, next, q - h * n_.group);
         const auto product = [&](const auto& finish) {
           matmul<Arith, false>(rows, vw, Pack::elements(n_.features), A, Pack::elements(fw), 1, S,
                                vw, tile.value, vw, ahead, finish);
@@ -303,7 +304,7 @@ class NonCausal : private Call<Real, Arith> {
   }
 
   // Writes dq of segment i; part = its sums of phi(q) g^T and delta phi(q), from zero.
-  void backward_queries(const Sequence& s, int64_t h, int64_t i, LocalState<Real> part,
+  void backward_queries(const Sequence& s, HeadRun run, int64_t h, int64_t i, LocalState<Real> part,
                         const BackwardTile& tile) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     Real *phi = tile.phi, *dphi = tile.dphi, *g = tile.value;
@@ -320,7 +321,8 @@ class NonCausal : private Call<Real, Arith> {
           den.of_gradient(rows, p_.eps);
         }
         Base::read_gradients(s, q, t, rows, den.inverse, g);
-        auto ahead = Base::template queries_ahead<true>(s, q, t + kRows);
+        const auto next = Base::next_tile(s.queries, run, h, i, t);
+        auto ahead = Base::template queries_ahead<true>(s, next, q - h * n_.group);
         const Element* g_values = Pack::pair_columns(g, rows, vw, tile.value_pairs);
         matmul<Arith, false>(rows, fw, Pack::elements(n_.values), g_values, Pack::elements(vw), 1,
                              S_transposed, fw, dphi, fw, ahead);
@@ -342,7 +344,7 @@ class NonCausal : private Call<Real, Arith> {
   }
 
   // Writes dk and dv of segment i.
-  void backward_keys(const Sequence& s, int64_t h, int64_t i, LocalState<Real> gradient,
+  void backward_keys(const Sequence& s, HeadRun run, int64_t h, int64_t i, LocalState<Real> gradient,
                      const BackwardTile& tile) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     Real *phi = tile.phi, *dphi = tile.dphi;
@@ -354,7 +356,7 @@ class NonCausal : private Call<Real, Arith> {
       phi_.of_keys(rows, mask, {tile.maximum, tile.state.z}, Base::keys(s, h, t, rows, mask, phi),
                    phi, tile.inverse_norm);
       const Real* value = Base::values(s, h, t, rows, mask, tile.value);
-      auto ahead = Base::template keys_ahead<true>(s, h, t + kRows);
+      auto ahead = Base::template keys_ahead<true>(s, Base::next_tile(s.keys, run, h, i, t));
       const Element* value_columns = Pack::pair_columns(value, rows, vw, tile.value_pairs);
       matmul<Arith, false>(rows, fw, Pack::elements(n_.values), value_columns, Pack::elements(vw),
                            1, dS_transposed, fw, dphi, fw, ahead);
