@@ -292,7 +292,7 @@ class Call {
  private:
   int64_t tasks() const { return static_cast<int64_t>(sequences_.size()) * p_.num_kv_heads; }
 
-  // As many as leave a run for each thread and whose states stay in its cache, about as many in each.
+  // As many as leave a run for each thread and whose states stay in its cache, evenly.
   int64_t run_length() const {
     constexpr int64_t most = 6, most_bytes = int64_t{256} << 10;
     const int64_t fit = most_bytes / (n_.state_stride() * static_cast<int64_t>(sizeof(Real)));

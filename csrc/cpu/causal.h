@@ -80,7 +80,7 @@ class Causal : private Call<Real, Arith> {
       Scratch scratch;
       const auto running = n_.take_state(scratch);
       n_.read(a_.initial, head(s, h), running);
-      for (int64_t i = 0; i < s.keys.count; ++i) exchange_and_add(running, state(s, h, i));
+      for (int64_t i = 0; i < s.keys.count; ++i) n_.exchange_and_add(running, state(s, h, i));
       n_.write(a_.final, head(s, h), running);
     });
     for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
@@ -134,7 +134,7 @@ class Causal : private Call<Real, Arith> {
       Scratch scratch;
       const auto running = n_.take_state(scratch);
       n_.read(a_.grad_final, head(s, h), running);
-      for (int64_t i = s.keys.count - 1; i >= 0; --i) exchange_and_add(running, state(s, h, i));
+      for (int64_t i = s.keys.count - 1; i >= 0; --i) n_.exchange_and_add(running, state(s, h, i));
       n_.write(a_.grad_initial, head(s, h), running);
     });
     for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
@@ -151,19 +151,6 @@ class Causal : private Call<Real, Arith> {
   static void for_chunks(const Sequence& s, int64_t segment, const Body& body) {
     for (int64_t t = s.keys.begin(segment); t < s.keys.end(segment); t += kChunk)
       body(t, std::min(kChunk, s.keys.end(segment) - t));
-  }
-
-  // One step of an exclusive fold: part becomes the sum of all before it.
-  void exchange_and_add(LocalState<Real> running, LocalState<Real> part) const {
-    const auto each = [](Real* sum, Real* own, int64_t size) {
-      for (int64_t i = 0; i < size; ++i) {
-        const Real before = sum[i];
-        sum[i] += own[i];
-        own[i] = before;
-      }
-    };
-    each(running.S, part.S, n_.state_elements());
-    each(running.z, part.z, n_.feature_width);
   }
 
   // Saved states: of every segment of a sequence but its first, whose state is the initial one.
@@ -290,6 +277,7 @@ class Causal : private Call<Real, Arith> {
     transpose<Real>(n_.features, n_.values, tile.start.S, vw, tile.start_transposed, fw);
     zero(tile.local_transposed, n_.values * fw);
     for_chunks(s, segment, [&](int64_t t, int64_t rows) {
+      // (After the last chunk the other sweep begins, with what is in cache.)
       const typename Base::Place next{h, t + kChunk};
       const Real* value = load_keys(s, h, t, rows, tile);
       running_sums<true>(tile.start.z, tile.phi_k, rows, fw, tile.z);

@@ -2,8 +2,8 @@
 //
 // B and C are row-major with rows padded to whole vectors; A is read one element at a time, so any
 // row and column stride serves and a transposed A costs nothing. A block of C (up to 6 rows of 4
-// vectors with 32 registers) lives in registers while k runs. Each element of C is one running sum
-// over k in order, so blocking never changes a bit.
+// vectors with 32 registers, more rows where there are fewer vectors) lives in registers while k
+// runs. Each element of C is one running sum over k in order, so blocking never changes a bit.
 #pragma once
 
 #include <algorithm>
@@ -95,7 +95,8 @@ FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, i
                                   const Finish& finish, int64_t first_row) {
   using Real = typename Arith::Accumulator;
   constexpr int L = kLanes<Real>;
-  // A line for every eight numbers of a whole block: enough for all that the next tile touches.
+  // A line for every eight numbers of a whole block in its 48 steps or so: enough for all that the
+  // next tile touches.
   constexpr int steps_per_line = std::max(1, 8 * 48 / (kBlockRows * kBlockVectors * L));
   auto ask = between.take(K / steps_per_line);
   Vector<Real> sum[BlockRows][Vectors];

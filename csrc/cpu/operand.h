@@ -169,6 +169,19 @@ struct Sizes {
     add(sum.z, part.z, feature_width);
   }
 
+  // One step of an exclusive fold: part becomes the sum of all before it.
+  void exchange_and_add(LocalState<Real> running, LocalState<Real> part) const {
+    const auto each = [](Real* sum, Real* own, int64_t size) {
+      for (int64_t i = 0; i < size; ++i) {
+        const Real before = sum[i];
+        sum[i] += own[i];
+        own[i] = before;
+      }
+    };
+    each(running.S, part.S, state_elements());
+    each(running.z, part.z, feature_width);
+  }
+
   // Reads head `index` of a contiguous (S, z), or zeros where there is none.
   void read(const State& source, int64_t index, LocalState<Real> state) const {
     clear(state);

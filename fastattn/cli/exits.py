@@ -24,7 +24,7 @@ output folder can't be used; 130 interrupted."""
 
 # What the commands import only when they need it, by the extra that brings it.
 NEEDED = {
-    "cli": ("transformers", "accelerate", "datasets", "matplotlib"),
+    "cli": ("transformers", "accelerate", "datasets", "matplotlib", "psutil"),
     "diagnose": ("captum", "jinja2", "scipy"),
 }
 
