@@ -22,6 +22,36 @@ __device__ __forceinline__ Register holding(uint32_t bits, int /*i*/, int /*k*/)
 // A sum, about to be taken for element (row, column).
 __device__ __forceinline__ float taken_for(Sum sum, int /*row*/, int /*column*/) { return sum; }
 
+// Matrices of 8 x 8 numbers of 16 bits from shared memory, four or two at once: lane l gives the row
+// l % 8 of matrix l / 8, 16 bytes long and so aligned, whose first number is element (i, k). Lane
+// 4 g + t gets elements (g, 2 t) and (g, 2 t + 1) of each; `transposed`, (2 t, g) and (2 t + 1, g).
+template <bool Transposed>
+__device__ __forceinline__ void load_matrices(Register (&x)[4], const void* row, int /*i*/,
+                                              int /*k*/) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (Transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address));
+}
+template <bool Transposed>
+__device__ __forceinline__ void load_matrices(Register (&x)[2], const void* row, int /*i*/,
+                                              int /*k*/) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (Transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(x[0]), "=r"(x[1])
+                 : "r"(address));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(x[0]), "=r"(x[1])
+                 : "r"(address));
+}
+
 // c += a b for a (16 x 16), b (16 x 8): bf16 operands, two to a register, float32 sums.
 __device__ __forceinline__ void mma_bf16(Sum (&c)[4], const Register (&a)[4],
                                          const Register (&b)[2]) {

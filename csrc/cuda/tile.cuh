@@ -103,16 +103,36 @@ struct Operand {
     return to_float(data[AlongRows ? i * stride + k : k * stride + i]);
   }
 
-  // Elements k and k + 1 as bf16.
-  __device__ __forceinline__ Register pair(int i, int k) const {
-    if constexpr (sizeof(E) == 2 && AlongRows) {
-      return holding(*reinterpret_cast<const uint32_t*>(data + i * stride + k), i, k);
-    } else if constexpr (sizeof(E) == 2) {
-      const auto* bits = reinterpret_cast<const uint16_t*>(data) + k * stride + i;
-      return holding(bits[0] | static_cast<uint32_t>(bits[stride]) << 16, i, k);
+  // Four blocks of 8 x 8 elements as bf16, two neighbours along k to a register: at (i, k), 8 further
+  // along i, 8 along k, along both. Or two, 8 apart along k.
+  template <int Count>
+  __device__ __forceinline__ void load(Register (&x)[Count], int i, int k) const {
+    const int lane = lane_index();
+    if constexpr (sizeof(E) == 2) {  // a tile in shared memory
+      const int block = lane / 8 % Count, row = lane % 8;
+      const int right = Count == 4 ? block % 2 * 8 : 0, down = block / (Count / 2) * 8;
+      if constexpr (AlongRows)
+        load_at<false>(x, i + right + row, k + down);
+      else
+        load_at<true>(x, i + right, k + down + row);
     } else {
-      return holding(pack_bf16(at(i, k), at(i, k + 1)), i, k);
+      const int g = lane / 4, t = 2 * (lane % 4);
+#pragma unroll
+      for (int block = 0; block < Count; ++block) {
+        const int right = Count == 4 ? block % 2 * 8 : 0, down = block / (Count / 2) * 8;
+        x[block] = pair(i + right + g, k + down + t);
+      }
     }
+  }
+
+ private:
+  template <bool Transposed, int Count>
+  __device__ __forceinline__ void load_at(Register (&x)[Count], int i, int k) const {
+    load_matrices<Transposed>(x, data + (AlongRows ? i * stride + k : k * stride + i), i, k);
+  }
+
+  __device__ __forceinline__ Register pair(int i, int k) const {
+    return holding(pack_bf16(at(i, k), at(i, k + 1)), i, k);
   }
 };
 
@@ -139,14 +159,15 @@ struct Bf16Products {
 
   template <class Operand>
   static __device__ __forceinline__ A load_a(const Operand& a, int row, int k) {
-    const int g = lane_index() >> 2, t = 2 * (lane_index() & 3);
-    return {{a.pair(row + g, k + t), a.pair(row + g + 8, k + t), a.pair(row + g, k + t + 8),
-             a.pair(row + g + 8, k + t + 8)}};
+    A f;
+    a.load(f.x, row, k);
+    return f;
   }
   template <class Operand>
   static __device__ __forceinline__ B load_b(const Operand& b, int col, int k) {
-    const int g = lane_index() >> 2, t = 2 * (lane_index() & 3);
-    return {{b.pair(col + g, k + t), b.pair(col + g, k + t + 8)}};
+    B f;
+    b.load(f.x, col, k);
+    return f;
   }
   static __device__ __forceinline__ void multiply(Sum (&c)[4], const A& a, const B& b) {
     mma_bf16(c, a.x, b.x);

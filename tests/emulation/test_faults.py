@@ -112,6 +112,33 @@ FAULTS = {
         FULL,
         "noncausal",
     ),
+    "matrices of bf16 loaded in another order": Fault(
+        "tile.cuh",
+        "const int right = Count == 4 ? block % 2 * 8 : 0, down = block / (Count / 2) * 8;\n"
+        "      if constexpr (AlongRows)",
+        "const int right = Count == 4 ? block / 2 * 8 : 0, down = block % 2 * 8;\n"
+        "      if constexpr (AlongRows)",
+        r"kernel noncausal_forward .*thread \(0, 0, 0\): a wrong fragment: register 1 of A must "
+        r"hold element \(8, 0\) of its tile, and holds \(0, 8\)",
+        replace(FULL, dtype=torch.bfloat16),
+        "noncausal",
+    ),
+    "rows of matrices that are not turned": Fault(
+        "tile.cuh",
+        "load_at<true>(x, i + right, k + down + row);",
+        "load_at<false>(x, i + right, k + down + row);",
+        r"kernel noncausal_forward .*: a wrong fragment: register \d of A must hold element",
+        replace(FULL, dtype=torch.bfloat16),
+        "noncausal",
+    ),
+    "rows of matrices that are not aligned": Fault(
+        "tile.cuh",
+        "load_matrices<Transposed>(x, data + (",
+        "load_matrices<Transposed>(x, data + 4 + (",
+        r"kernel noncausal_forward .*ldmatrix: a misaligned row",
+        replace(FULL, dtype=torch.bfloat16),
+        "noncausal",
+    ),
     "sums stored in another lane's column": Fault(
         "tile.cuh",
         "c = col + 2 * (lane_index() & 3);",
@@ -152,10 +179,14 @@ FAULTS = {
 REPORT = r"block \(\d+, \d+, \d+\), thread \(\d+, \d+, \d+\)"
 
 
-def edited_backend(form: str, width: int, *edits: build.Edit) -> EmulatedBackend:
+def edited_backend(
+    form: str, width: int, *edits: build.Edit, dtype: torch.dtype = torch.float32
+) -> EmulatedBackend:
+    name = {torch.float32: "float", torch.bfloat16: "bf16"}[dtype]
+
     class Edited(EmulatedBackend):
         def _emulated_library(self) -> Any:
-            return build.library(build.object_name(form, "float", width), edits)
+            return build.library(build.object_name(form, name, width), edits)
 
     return Edited()
 
@@ -176,7 +207,7 @@ def forward(backend: EmulatedBackend, case: Case) -> tuple[torch.Tensor, torch.T
 def test_a_planted_fault_is_reported(backend: str, fault: Fault) -> None:
     edit = (fault.file, fault.text, fault.replacement)
     with pytest.raises(RuntimeError, match=fault.report) as raised:
-        forward(edited_backend(fault.form, fault.width, edit), fault.case)
+        forward(edited_backend(fault.form, fault.width, edit, dtype=fault.case.dtype), fault.case)
     assert raised.match(REPORT)
 
 

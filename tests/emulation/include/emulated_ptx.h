@@ -138,6 +138,47 @@ __attribute__((no_sanitize("thread"))) inline void mma(const char* name, Combine
   for (int i = 0; i < 4; ++i) c[i] = result[i];
 }
 
+// ldmatrix: what a lane gives, and where in shared memory its elements of each matrix lie.
+struct MatrixRow {
+  const uint16_t* data;
+  Place first;
+};
+
+template <bool Transposed, int Count>
+struct MatrixElements {
+  const uint16_t *low[Count], *high[Count];
+  Place place[Count];
+
+  static void find(const void* const* operands, void* const* results) {
+    const auto row = [&](int lane) { return *static_cast<const MatrixRow*>(operands[lane]); };
+    for (int lane = 0; lane < 32; ++lane) {
+      auto& own = *static_cast<MatrixElements*>(results[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int m = 0; m < Count; ++m) {
+        const MatrixRow a = row(8 * m + (Transposed ? 2 * t : g));
+        const MatrixRow b = Transposed ? row(8 * m + 2 * t + 1) : a;
+        if (reinterpret_cast<uintptr_t>(a.data) % 16) complain(lane, "ldmatrix: a misaligned row");
+        own.low[m] = a.data + (Transposed ? g : 2 * t);
+        own.high[m] = b.data + (Transposed ? g : 2 * t + 1);
+        // Rows run along k, or (transposed) along i.
+        own.place[m] = Transposed ? Place{a.first.i + g, a.first.k}
+                                  : Place{a.first.i, a.first.k + 2 * t};
+        const Place next = Transposed ? Place{b.first.i + g, b.first.k}
+                                      : Place{b.first.i, b.first.k + 2 * t + 1};
+        if (next.i != own.place[m].i || next.k != own.place[m].k + 1)
+          complain(lane, "a wrong fragment: two elements that are no neighbours in one register");
+      }
+    }
+  }
+};
+
+template <bool Transposed, int Count>
+__attribute__((no_sanitize("thread"))) inline void find_elements(
+    MatrixElements<Transposed, Count>& found, const void* row, int i, int k) {
+  const MatrixRow own{static_cast<const uint16_t*>(row), {i, k}};
+  collective("ldmatrix", 0xffffffffu, &own, &found, MatrixElements<Transposed, Count>::find);
+}
+
 }  // namespace emulation
 
 namespace fastattn::cuda {
@@ -158,6 +199,16 @@ __attribute__((no_sanitize("thread"))) inline float taken_for(const Sum& sum, in
     emulation::complain(-1, text);
   }
   return sum.value;
+}
+
+// (Each lane reads its elements itself, so that these accesses are checked like all others.)
+template <bool Transposed, int Count>
+inline void load_matrices(Register (&x)[Count], const void* row, int i, int k) {
+  emulation::MatrixElements<Transposed, Count> found;
+  emulation::find_elements(found, row, i, k);
+  for (int m = 0; m < Count; ++m)
+    x[m] = holding(*found.low[m] | uint32_t{*found.high[m]} << 16, found.place[m].i,
+                   found.place[m].k);
 }
 
 inline void mma_bf16(Sum (&c)[4], const Register (&a)[4], const Register (&b)[2]) {
