@@ -116,8 +116,7 @@ def on_gpu(args: argparse.Namespace, selected: list[cases.Case], console: Consol
         path = write(args, result)  # at once: a lent GPU may be gone with the next case
     console.print(gpu.summary(measured))
     console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    found = [case["contestants"] for case in measured]
-    return 0 if all(contestants["triton"]["status"] == "timed" for contestants in found) else 1
+    return 0 if gpu.is_sound(measured) else 1
 
 
 def write(args: argparse.Namespace, result: dict[str, Any]) -> Path:

@@ -24,8 +24,10 @@ from bench.peers import Peer, Settings, runner_of, step_runner_of
 from bench.report import duration, times
 
 Run = Callable[[], tuple[torch.Tensor, ...]]
-SOFTMAX_FLOPS = 300e12  # no softmax kernel is tried that would take more than a second at this rate
+SOFTMAX_FLOPS = 300e12  # no softmax kernel is tried that would take longer than this at that rate:
+SOFTMAX_SECONDS = 0.2
 TIMED_SECONDS = 0.1
+SAMPLES, SAMPLES_OF_LONG_CALLS = 7, 3
 GRAPH_CALLS = 10
 
 
@@ -75,17 +77,22 @@ class Meter:
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
 
-    def eager(self, run: Callable[[], object]) -> float:
-        """Seconds a call, median of several batches of calls back to back, as in a model."""
-        run()
+    def once(self, run: Callable[[], object]) -> float:
+        """Seconds of one call from an idle device to an idle device."""
         self.synchronize()
         start = time.perf_counter()
         run()
         self.synchronize()
-        once = max(time.perf_counter() - start, 1e-6)
-        calls = max(1, min(200, int(self.timed_seconds / 7 / once)))
+        return max(time.perf_counter() - start, 1e-6)
+
+    def eager(self, run: Callable[[], object]) -> float:
+        """Seconds a call, median of several batches of calls back to back, as in a model."""
+        run()
+        once = self.once(run)
+        count = SAMPLES if SAMPLES * once < self.timed_seconds else SAMPLES_OF_LONG_CALLS
+        calls = max(1, min(200, int(self.timed_seconds / count / once)))
         samples = []
-        for _ in range(7):
+        for _ in range(count):
             start = time.perf_counter()
             for _ in range(calls):
                 run()
@@ -94,20 +101,25 @@ class Meter:
         return sorted(samples)[len(samples) // 2]
 
     def graph(self, run: Callable[[], object]) -> float | None:
-        """The same, replayed as one CUDA graph: no host time."""
+        """The same, replayed as one CUDA graph, of several calls if short: no host time."""
         if not self.is_gpu:
             return None
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        before, stream = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        stream.wait_stream(before)
         with torch.cuda.stream(stream):
             for _ in range(3):
                 run()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        with torch.cuda.graph(graph):
-            for _ in range(GRAPH_CALLS):
-                run()
-        return self.eager(graph.replay) / GRAPH_CALLS
+            once = self.once(run)
+        before.wait_stream(stream)
+        calls = max(1, min(GRAPH_CALLS, int(self.timed_seconds / SAMPLES / once)))
+        try:
+            with torch.cuda.graph(graph):
+                for _ in range(calls):
+                    run()
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
+        return self.eager(graph.replay) / calls
 
     def peak(self, run: Callable[[], object]) -> int | None:
         """Bytes that a call allocates at most, beyond what is there before."""
@@ -176,7 +188,7 @@ def _too_slow(peer: Peer, case: Case) -> str | None:
         return None
     flops = 4.0 * case.batch * case.heads * case.length**2 * case.head_dim
     seconds = flops * (3.5 if case.pass_ == TRAIN else 1) / SOFTMAX_FLOPS
-    return f"one call would take about {seconds:.1f} s" if seconds > 1 else None
+    return f"one call would take about {seconds:.1f} s" if seconds > SOFTMAX_SECONDS else None
 
 
 def _contestant(
@@ -249,6 +261,15 @@ def run_grid(
         measured = measure(case, contest)
         console.print(case_table(measured))
         yield measured
+
+
+def is_sound(cases: list[dict[str, Any]]) -> bool:
+    """Whether all of ours that took part were right, and Triton's kernels took part throughout."""
+    for case in cases:
+        found = [case["contestants"].get(name, {}).get("status") for name in gpu_peers.OURS]
+        if found[0] != "timed" or "wrong" in found or "failed" in found:
+            return False
+    return bool(cases)
 
 
 # --- tables -----------------------------------------------------------------------------------

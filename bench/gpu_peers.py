@@ -39,7 +39,7 @@ def _ours(backend: str) -> Peer:
 
     def why_not(case: Case, settings: Settings) -> str | None:
         loaded = fastattn.backends.load(backend)
-        return loaded if isinstance(loaded, str) else None
+        return loaded if isinstance(loaded, str) else loaded.missing()
 
     return Peer(backend, f"fastattn, {backend}", "linear", why_not, attend, step)
 

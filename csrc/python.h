@@ -16,7 +16,7 @@ namespace py = pybind11;
 // numbers of a call, the functions of a module, the constants by which both compute sizes (tokens of
 // a segment). A change of any of them raises this number, here and in fastattn/backends/native.py, so
 // that a library that was built before it is refused.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 // Why the CUDA kernels were not built along; from setup.py.
 #if !defined(FASTATTN_CUDA_NOTE)

@@ -1,4 +1,4 @@
-// Python's view of the CUDA kernels: as csrc/bindings.cpp, with a device, a stream and workspace.
+// Python's view of the CUDA kernels: as csrc/bindings.cpp, with a stream and workspace.
 // Kernels are enqueued and nothing waits for them. Links the CUDA runtime statically, so the module
 // imports where there is no driver.
 #include "../python.h"
@@ -27,25 +27,6 @@ std::string describe(const Problem& p) {
 }
 
 namespace {
-
-// Makes a device current, and the caller's again afterwards.
-class OnDevice {
- public:
-  OnDevice(int device, const Problem& problem) {
-    check(cudaGetDevice(&before_), "set-up", problem);
-    if (before_ == device) return;
-    check(cudaSetDevice(device), "set-up", problem);
-    changed_ = true;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
 
 // body(width) with the width as a constant, if kernels of T are compiled for it, else with 0.
 template <class T, class Body>
@@ -96,11 +77,10 @@ void run_backward(const Problem& problem, const Arguments& args, Launcher& launc
   for_dtype(problem.dtype, [&](auto x) { backward_as<decltype(x)>(problem, args, launch); });
 }
 
-// device, stream, workspace, limits | the call
+// stream, workspace, limits | the call. The stream's device is the current one.
 struct Target {
   explicit Target(Reader& reader)
-      : device(static_cast<int>(reader.integer())),
-        stream(reader.address<CUstream_st>()),
+      : stream(reader.address<CUstream_st>()),
         workspace(reader.address<float>()),
         limits(read_limits(reader)) {}
 
@@ -109,7 +89,6 @@ struct Target {
     return {shared_bytes, static_cast<int>(reader.integer())};
   }
 
-  int device;
   cudaStream_t stream;
   float* workspace;
   Limits limits;
@@ -118,7 +97,6 @@ struct Target {
 template <class Run>
 void enqueue(const Problem& problem, const Target& target, const Arguments& args, const Run& run) {
   const py::gil_scoped_release release;
-  const OnDevice guard(target.device, problem);
   Launcher launch(problem, target.stream, target.workspace, target.limits);
   run(problem, args, launch);
 }
@@ -191,6 +169,12 @@ void bind(py::module_& m) {
   m.def("workspace_size", &workspace_size, py::arg("problem"), py::arg("is_backward"),
         py::arg("shared_bytes"), py::arg("multiprocessors"));
   m.def("limits", &limits, py::arg("device"));
+  m.def("why_not_here", []() -> py::object {
+    const cudaError_t error = why_not_here<float>();
+    cudaGetLastError();
+    if (error == cudaSuccess) return py::none();
+    return py::str(cudaGetErrorString(error));
+  });
   m.attr("SEGMENT_TOKENS") = kSegmentTokens;
   m.attr("MAX_DIM") = kMaxDim;
 }

@@ -5,7 +5,7 @@
 // Within a chunk the sum is a masked matrix product, A = tril(phi(q) phi(k)^T); everything before
 // the chunk is in the state, in float32, in shared memory. Where there are heads enough for the whole
 // GPU a block walks all segments of a sequence; else it walks one, and the sums of all segments and a
-// fold come first (k and v are read twice).
+// fold come first (k and v are read twice: half as much again).
 //
 // Backward, with g_i = do_i / den_i, u_i = S_i g_i, delta_i = -phi(q_i) . u_i / den_i:
 //
@@ -360,7 +360,7 @@ void causal_forward(const Problem& problem, const Arguments& args, Launcher& lau
   const auto& n = call.n;
   const int64_t size = problem.state_size(), sequences = problem.batch * problem.num_heads;
   float* anchors = static_cast<float*>(args.saved);
-  if (anchor_slots(problem) && !problem.num_sequences && launch.fills_device(sequences) &&
+  if (anchor_slots(problem) && !problem.num_sequences && launch.shares_evenly(sequences) &&
       launch.fits(forward_bytes(call, true, true))) {
     float* starts = launch.take(sequences * size);
     launch("causal_walk", causal_walk_kernel<C>, sequences, n.threads,

@@ -44,4 +44,9 @@ void recurrent_forward(const Problem& problem, const Arguments& args, Launcher& 
 template <class T>
 void step(const Problem& problem, const Arguments& args, Launcher& launch);
 
+// Why no kernel here can run on the current device, if so: it is of an architecture that none was
+// compiled for, or its driver is older than the runtime.
+template <class T>
+cudaError_t why_not_here();
+
 }  // namespace fastattn::cuda

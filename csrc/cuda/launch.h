@@ -16,6 +16,7 @@ std::string describe(const Problem& problem);
 
 inline void check(cudaError_t error, const char* what, const Problem& problem) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is reported here, and not by whoever asks next
   throw std::runtime_error(std::string("CUDA kernel ") + what + " failed on " + describe(problem) +
                            ": " + cudaGetErrorString(error));
 }
@@ -57,8 +58,12 @@ class Launcher {
     return shared_bytes <= static_cast<size_t>(limits_.shared_bytes);
   }
 
-  // Whether so many blocks leave no multiprocessor idle.
-  bool fills_device(int64_t blocks) const { return blocks >= limits_.multiprocessors; }
+  // Whether so many equal blocks, one to a multiprocessor at a time, are done in at most half as much
+  // again as the work would take in even shares.
+  bool shares_evenly(int64_t blocks) const {
+    const int64_t each = limits_.multiprocessors, waves = (blocks + each - 1) / each;
+    return blocks >= each && 2 * waves * each <= 3 * blocks;
+  }
 
   template <class... Parameters, class... Given>
   void operator()(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,

@@ -200,6 +200,13 @@ void recurrent_forward(const Problem& problem, const Arguments& args, Launcher& 
          call.n.threads, shared_bytes(call.n, true), call);
 }
 
+template <class T>
+cudaError_t why_not_here() {
+  cudaFuncAttributes found;
+  return cudaFuncGetAttributes(&found, step_kernel<Call<T, 0>>);
+}
+
+template cudaError_t why_not_here<FASTATTN_DTYPE>();
 template void step<FASTATTN_DTYPE>(const Problem&, const Arguments&, Launcher&);
 template void recurrent_forward<FASTATTN_DTYPE>(const Problem&, const Arguments&, Launcher&);
 

@@ -293,6 +293,7 @@ template <class Body>
 __device__ __forceinline__ void for_blocks(int rows, int columns, const Body& body) {
   const int across = (columns + kBlockColumns - 1) / kBlockColumns;
   const int blocks = rows / kBlockRows * across;
+  __syncwarp();  // matrix instructions take a whole warp, and loops before may have parted it
 #pragma unroll 1
   for (int i = warp_index(); i < blocks; i += warp_count()) {
     Sums sums;

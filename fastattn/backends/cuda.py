@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import Gradients, Inputs, Outputs, new_out
+from fastattn.backends.gpu import current, too_old
 from fastattn.backends.native import (
     dense,
     form_of,
@@ -27,7 +28,6 @@ from fastattn.ops.problem import Problem
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 128  # kMaxDim
 _SEGMENT_TOKENS = 512  # kSegmentTokens
-_MIN_CAPABILITY = (8, 0)
 
 
 class CUDABackend:
@@ -41,6 +41,7 @@ class CUDABackend:
         self._native_problem = lru_cache(maxsize=1024)(partial(native_problem, self._library))
         self._workspace_size = lru_cache(maxsize=4096)(self._library.workspace_size)
         self._limits = lru_cache(maxsize=None)(self._library.limits)
+        self._unsupported = lru_cache(maxsize=None)(self._why_not_on)
 
     # What differs where the same kernels run without a GPU; see tests/emulation.
 
@@ -50,6 +51,24 @@ class CUDABackend:
         except ModuleNotFoundError:
             note = library("_native").CUDA_NOTE or "they were left out at install"
             raise ImportError(f"{note}; FASTATTN_CUDA=1 pip install . builds them") from None
+
+    def _why_not_on(self, index: int | None) -> str | None:
+        """Why that GPU (None: the current one) can't run the kernels, if so."""
+        if torch.version.hip is not None:
+            return "its kernels are for NVIDIA GPUs, and this is PyTorch for AMD GPUs"
+        if not torch.cuda.is_available():
+            return "its kernels are built, but PyTorch finds no CUDA device"
+        reason = too_old(index)
+        if reason is None:
+            with torch.cuda.device(index):
+                error = self._library.why_not_here()
+            if error is not None:
+                name = torch.cuda.get_device_name(index)
+                reason = (
+                    f"its kernels can't run on {name} ({error}); "
+                    "FASTATTN_CUDA=1 pip install . builds them for all GPUs that it knows"
+                )
+        return reason
 
     def _target(self, device: torch.device) -> tuple[int, int]:
         """Device index and stream."""
@@ -68,14 +87,7 @@ class CUDABackend:
     # The protocol of fastattn.backends.Backend.
 
     def missing(self) -> str | None:
-        if torch.version.hip is not None:
-            return "its kernels are for NVIDIA GPUs, and this is PyTorch for AMD GPUs"
-        if not torch.cuda.is_available():
-            return "its kernels are built, but PyTorch finds no CUDA device"
-        capability = torch.cuda.get_device_capability()
-        if capability < _MIN_CAPABILITY:
-            return f"its kernels need compute capability 8.0; this GPU has {capability}"
-        return None
+        return self._unsupported(None)
 
     def why_not(self, problem: Problem) -> str | None:
         if problem.device_type != self.device_type:
@@ -86,7 +98,7 @@ class CUDABackend:
             return f"it has no kernels for {problem.dtype}"
         if max(problem.head_dim, problem.value_dim) > _MAX_DIM:
             return f"head sizes go up to {_MAX_DIM}; got {problem.head_dim}, {problem.value_dim}"
-        return self.missing()
+        return self._unsupported(problem.device_index)
 
     def kernel(self, problem: Problem) -> str:
         if not problem.is_causal:
@@ -127,10 +139,9 @@ class CUDABackend:
             # Packed sequences may need fewer states than the bound; others leave two numbers over.
             (saved[-2:] if problem.num_sequences is None else saved).zero_()
         target, _workspace = self._prepare(native, device, is_backward=False)
-        self._library.forward(
-            native,
-            (*target, *numbers_of(inputs), *strided(out), *state_of(S, z), saved.data_ptr()),
-        )
+        numbers = (*target, *numbers_of(inputs), *strided(out), *state_of(S, z), saved.data_ptr())
+        with current(device):
+            self._library.forward(native, numbers)
         return Outputs(out, S, z, saved)
 
     def backward(
@@ -150,41 +161,33 @@ class CUDABackend:
         S = None if inputs.initial_S is None else self._empty_like(inputs.initial_S)
         z = None if inputs.initial_z is None else self._empty_like(inputs.initial_z)
         target, _workspace = self._prepare(native, device, is_backward=True)
-        self._library.backward(
-            native,
-            (
-                *target,
-                *numbers_of(inputs),
-                saved.data_ptr(),
-                *strided(grad_out),
-                *state_of(grad_S, grad_z),
-                *strided(query),
-                *strided(key),
-                *strided(value),
-                *state_of(S, z),
-            ),
+        numbers = (
+            *(*target, *numbers_of(inputs), saved.data_ptr()),
+            *(*strided(grad_out), *state_of(grad_S, grad_z)),
+            *(*strided(query), *strided(key), *strided(value), *state_of(S, z)),
         )
+        with current(device):
+            self._library.backward(native, numbers)
         return Gradients(query, key, value, S, z)
 
     def step(self, problem: Problem, inputs: Inputs) -> Tensor:
         device = inputs.query.device
         out = self._new_out(problem, device)
         index, stream = self._target(device)
-        target = (index, stream, 0, *self._limits(index))
-        self._library.step(
-            self._native_problem(problem), (*target, *numbers_of(inputs), *strided(out))
-        )
+        numbers = (stream, 0, *self._limits(index), *numbers_of(inputs), *strided(out))
+        with current(device):
+            self._library.step(self._native_problem(problem), numbers)
         return out
 
     def _prepare(
         self, native: Any, device: torch.device, is_backward: bool
     ) -> tuple[tuple[int, ...], Tensor | None]:
-        """What a call is given besides its tensors: device, stream, workspace, what the device has.
+        """What a call is given besides its tensors: stream, workspace, what the device has.
         The workspace is returned to stay alive until the kernels that use it are enqueued."""
         index, stream = self._target(device)
         limits = self._limits(index)
         floats = self._workspace_size(native, is_backward, *limits)
         if not floats:
-            return (index, stream, 0, *limits), None
+            return (stream, 0, *limits), None
         workspace = self._empty((floats,), torch.float32, device)
-        return (index, stream, workspace.data_ptr(), *limits), workspace
+        return (stream, workspace.data_ptr(), *limits), workspace

@@ -16,7 +16,7 @@ from fastattn.backends import Inputs, Refused
 from fastattn.ops.problem import Problem
 
 # kInterface of csrc/python.h: raised with it, whenever what passes between the two sides changes.
-INTERFACE = 2
+INTERFACE = 3
 
 DTYPES = {
     torch.float32: "float32",

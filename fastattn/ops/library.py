@@ -74,7 +74,7 @@ def problem_of(
     """The Problem that these (checked) arguments pose."""
     query = inputs.query
     arguments = (
-        *(query.shape, inputs.key.shape, inputs.value.shape[3], query.dtype, query.device.type),
+        *(query.shape, inputs.key.shape, inputs.value.shape[3], query.dtype, query.device),
         *(feature_map, is_causal, normalize, scale, eps, form, inputs.key_mask is not None),
         None if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1,
         *(inputs.initial_S is not None, return_state, needs_grad),
@@ -91,7 +91,7 @@ def _problem(
     key_shape: torch.Size,
     value_dim: int,
     dtype: torch.dtype,
-    device_type: str,
+    device: torch.device,
     feature_map: str,
     is_causal: bool,
     normalize: bool,
@@ -114,7 +114,8 @@ def _problem(
         head_dim=head_dim,
         value_dim=value_dim,
         dtype=dtype,
-        device_type=device_type,
+        device_type=device.type,
+        device_index=device.index,
         feature_map=feature_map,
         is_causal=is_causal,
         normalize=normalize,
@@ -324,7 +325,7 @@ def _step(
     backend: str,
 ) -> Tensor:
     problem, chosen = _step_plan(
-        *(query.shape, key.shape, value.shape[3], query.dtype, query.device.type),
+        *(query.shape, key.shape, value.shape[3], query.dtype, query.device),
         *(feature_map, normalize, scale, eps, key_mask is not None, backend),
     )
     return chosen.step(problem, Inputs(query, key, value, key_mask, None, None, S, z))
@@ -336,7 +337,7 @@ def _step_plan(
     key_shape: torch.Size,
     value_dim: int,
     dtype: torch.dtype,
-    device_type: str,
+    device: torch.device,
     feature_map: str,
     normalize: bool,
     scale: float,
@@ -346,7 +347,7 @@ def _step_plan(
 ) -> tuple[Problem, backends.Backend]:
     """One look-up in place of two: decoding is where a microsecond counts."""
     problem = _problem(
-        *(query_shape, key_shape, value_dim, dtype, device_type, feature_map, True),
+        *(query_shape, key_shape, value_dim, dtype, device, feature_map, True),
         *(normalize, scale, eps, "auto", has_key_mask, None, True, False, False),
     )
     return problem, backends.choose(problem, backend)

@@ -41,6 +41,7 @@ class Problem:
     has_initial_state: bool = False
     return_state: bool = False
     needs_grad: bool = False
+    device_index: int | None = None  # which GPU; None: the current one
 
     @property
     def feature_dim(self) -> int:

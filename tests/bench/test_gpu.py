@@ -69,7 +69,7 @@ def test_right_peers_are_timed(case: Case) -> None:
         assert found[name]["gbs"] == pytest.approx(case.bytes / 1e-3 * 1e-9)
         assert found[name]["share_of_copy"] == pytest.approx(case.bytes / 1e-3 / 1e9)
         assert found[name]["error"] < 1e-5
-    assert found["cuda"]["status"] in ("left out", "failed")  # no GPU, perhaps not even built
+    assert found["cuda"]["status"] == "left out"  # no GPU, perhaps not even built
     assert found["cuda"]["reason"]
     assert ("fla" in found) == (case.causal and case.pass_ != STEP)
     assert ("flash-bla" in found) == (not case.causal)
@@ -124,6 +124,15 @@ def test_tables_name_the_fastest_of_each_family() -> None:
     line = shown(gpu.summary([case])).splitlines()[-2]
     assert "pytorch" in line and "4x" in line
     assert "sdpa-flash" in line and "0.5x" in line
+
+
+def test_a_wrong_kernel_of_ours_is_no_success() -> None:
+    case = gpu.measure(CASES[1], contest(FakeMeter(CPU)))
+    assert gpu.is_sound([case])
+    for name, status in (("cuda", "wrong"), ("cuda", "failed"), ("triton", "left out")):
+        contestants = case["contestants"] | {name: {"status": status, "reason": ""}}
+        assert not gpu.is_sound([case, {**case, "contestants": contestants}])
+    assert not gpu.is_sound([])
 
 
 def test_the_grid_ends_on_time() -> None:

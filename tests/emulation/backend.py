@@ -32,8 +32,8 @@ class EmulatedBackend(CUDABackend):
     def _emulated_library(self) -> Any:
         return build.library()
 
-    def missing(self) -> str | None:
-        return None
+    def _why_not_on(self, index: int | None) -> str | None:
+        return self._library.why_not_here()
 
     def _target(self, device: torch.device) -> tuple[int, int]:
         self._memory.emulation_set_limits(*self.limits)  # others may have set theirs

@@ -135,7 +135,7 @@ def test_the_module_imports_without_a_driver_and_its_errors_are_exceptions(built
         "    feature_map='elu', form='chunked', is_causal=True, normalize=True,\n"
         "    return_state=False, needs_grad=False, scale=1.0, eps=1e-6)\n"
         "print(cuda.workspace_size(problem, True, 232448, 132))\n"
-        "numbers = (0, 0, 0, 232448, 132, *[0] * 22, *[0] * 8)\n"
+        "numbers = (0, 0, 232448, 132, *[0] * 22, *[0] * 8)\n"
         "cuda.forward(problem, numbers)\n"
     )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}

@@ -152,7 +152,8 @@ def test_again_gives_the_same_bits(gpu_backend: str, is_causal: bool) -> None:
 
 @causal
 def test_memory(gpu_backend: str, is_causal: bool) -> None:
-    """A training step takes no more than inputs, output, their gradients, and a tenth."""
+    """A training step takes no more than inputs, output, their gradients, and a tenth (an eighth
+    where a block has so little shared memory that our CUDA kernels keep states elsewhere)."""
     tensors = draw(2, 12, 65536, 64)
     train(tensors, is_causal=is_causal, backend=gpu_backend)
     torch.cuda.synchronize()
@@ -160,7 +161,9 @@ def test_memory(gpu_backend: str, is_causal: bool) -> None:
     held = torch.cuda.memory_allocated()
     train(tensors, is_causal=is_causal, backend=gpu_backend)
     size = tensors[0].numel() * tensors[0].element_size()
-    assert torch.cuda.max_memory_allocated() - held <= (4 + 0.1 * 8) * size
+    room = getattr(torch.cuda.get_device_properties(0), "shared_memory_per_block_optin", 0)
+    allowed = 0.1 if room > 128 << 10 else 0.125
+    assert torch.cuda.max_memory_allocated() - held <= (4 + allowed * 8) * size
 
 
 @causal

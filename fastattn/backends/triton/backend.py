@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import Gradients, Inputs, Outputs, new_out
+from fastattn.backends.gpu import current, too_old
 from fastattn.backends.triton import plan as plans
 from fastattn.backends.triton import table
 from fastattn.backends.triton.launch import INTERPRETED, are_usual
@@ -20,7 +20,6 @@ from fastattn.ops.problem import Problem
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cuda", "xpu")  # AMD's GPUs are "cuda" to torch
 _MAX_DIM = 256
-_OLDEST_CAPABILITY = (8, 0)  # NVIDIA: bfloat16 in the matrix units, asynchronous copies
 _INTERPRETED_MULTIPROCESSORS = 8
 _UNIT = 8  # elements; see tiles.py
 _LARGEST_TOKEN_STRIDE = 2**24  # so that offsets within a tile of up to 64 tokens fit 32 bits
@@ -36,28 +35,13 @@ def _multiprocessors(device_type: str, index: int) -> int:
 
 
 @cache
-def _unsupported_gpu(device_type: str) -> str | None:
-    """Why this machine's GPU can't run the kernels, if so."""
+def _unsupported_gpu(device_type: str, index: int | None) -> str | None:
+    """Why that GPU (None: the current one) can't run the kernels, if so."""
     if device_type == "xpu":
         return None if torch.xpu.is_available() else "torch finds no usable Intel GPU"
     if not torch.cuda.is_available():
         return "torch finds no usable GPU"
-    if torch.version.hip is None:
-        capability = torch.cuda.get_device_capability()
-        if capability < _OLDEST_CAPABILITY:
-            return (
-                "its kernels need an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; "
-                f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
-            )
-    return None
-
-
-def _current(device: torch.device) -> AbstractContextManager[None]:
-    """Launches go to the current GPU, so the tensors' has to be that."""
-    if device.type == "cpu":
-        return nullcontext()
-    gpus = torch.cuda if device.type == "cuda" else torch.xpu
-    return nullcontext() if device.index == gpus.current_device() else gpus.device(device)
+    return too_old(index) if torch.version.hip is None else None
 
 
 @cache
@@ -111,7 +95,7 @@ class TritonBackend:
     def missing(self) -> str | None:
         if INTERPRETED:
             return None
-        reasons = [_unsupported_gpu(device) for device in _DEVICES]
+        reasons = [_unsupported_gpu(device, None) for device in _DEVICES]
         return None if None in reasons else f"Triton is installed, but {reasons[0]}"
 
     def why_not(self, problem: Problem) -> str | None:
@@ -128,11 +112,13 @@ class TritonBackend:
         if max(problem.head_dim, problem.value_dim) > _MAX_DIM:
             return f"head sizes go up to {_MAX_DIM}; got {problem.head_dim}, {problem.value_dim}"
         if problem.device_type != "cpu":
-            return _unsupported_gpu(problem.device_type)
+            return _unsupported_gpu(problem.device_type, problem.device_index)
         return None
 
     def kernel(self, problem: Problem) -> str:
-        index = torch.cuda.current_device() if problem.device_type == "cuda" else 0
+        index = problem.device_index
+        if index is None:
+            index = torch.cuda.current_device() if problem.device_type == "cuda" else 0
         target = Target(_multiprocessors(problem.device_type, index), _UNIT, "ieee")
         return plans.forward(problem, target).name
 
@@ -259,6 +245,6 @@ class TritonBackend:
         different = {id(x): x for x in values.values() if isinstance(x, Tensor)}
         usual = are_usual(different.values())
         device = like.device
-        with _current(device):
+        with current(device):
             for step in plan.steps:
                 step.launch(values, device.index or 0, usual)
