@@ -41,7 +41,6 @@ class CUDABackend:
         self._native_problem = lru_cache(maxsize=1024)(partial(native_problem, self._library))
         self._workspace_size = lru_cache(maxsize=4096)(self._library.workspace_size)
         self._limits = lru_cache(maxsize=None)(self._library.limits)
-        self._unsupported = lru_cache(maxsize=None)(self._why_not_on)
 
     # What differs where the same kernels run without a GPU; see tests/emulation.
 
@@ -87,7 +86,7 @@ class CUDABackend:
     # The protocol of fastattn.backends.Backend.
 
     def missing(self) -> str | None:
-        return self._unsupported(None)
+        return self._why_not_on(None)
 
     def why_not(self, problem: Problem) -> str | None:
         if problem.device_type != self.device_type:
@@ -98,7 +97,7 @@ class CUDABackend:
             return f"it has no kernels for {problem.dtype}"
         if max(problem.head_dim, problem.value_dim) > _MAX_DIM:
             return f"head sizes go up to {_MAX_DIM}; got {problem.head_dim}, {problem.value_dim}"
-        return self._unsupported(problem.device_index)
+        return self._why_not_on(problem.device_index)
 
     def kernel(self, problem: Problem) -> str:
         if not problem.is_causal:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fastattn.cli import options
 from fastattn.cli.exits import exit_codes, writing
-from fastattn.cli.linearize import FEATURE_MAPS
+from fastattn.cli.linearize import FEATURE_MAPS, LEARNED
 
 
 class Attention(str, Enum):
@@ -111,6 +111,8 @@ def compress(
     if attention is Attention.softmax:
         of_linear = ("feature_map", "linear_layers", "transfer_epochs")
         options.refuse_without(context, "--attention linear", *of_linear)
+    elif feature_map not in LEARNED:
+        options.refuse_without(context, f"--feature-map {' or '.join(LEARNED)}", "transfer_epochs")
     if replace_epochs == 0:
         options.refuse_without(context, "--replace-epochs above 0", "schedule")
     if fine_tune is False:
@@ -156,6 +158,7 @@ def compress(
         with writing(output):
             write_json(report, output / "report.json")
             plot(report, output / "report.png")
+        search_log = output / "run" / "tune" / SEARCH_LOG
         console = Console()
         print_report(report, console)
         for what, where in (
@@ -163,7 +166,7 @@ def compress(
             ("predecessor", output / "run" / "softmax"),
             ("report", output / "report.json"),
             ("plot", output / "report.png"),
-            *([("search log", output / "run" / "tune" / SEARCH_LOG)] if metric else []),
+            *([("search log", search_log)] if search_log.is_file() else []),
         ):
             console.print(f"{what + ':':15}{where}", markup=False, highlight=False, soft_wrap=True)
         console.print(

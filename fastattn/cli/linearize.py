@@ -11,7 +11,8 @@ from rich.console import Console
 from fastattn.cli import options
 from fastattn.cli.exits import exit_codes, writing
 
-FEATURE_MAPS = ("hedgehog", "t2r", "elu", "relu", "cosine", "softmax", "exp", "efficient")
+LEARNED = ("hedgehog", "t2r")
+FEATURE_MAPS = (*LEARNED, "elu", "relu", "cosine", "softmax", "exp", "efficient")
 
 
 def linearize(
@@ -75,6 +76,8 @@ def linearize(
         raise typer.BadParameter(
             f"{feature_map!r} is not one of {', '.join(FEATURE_MAPS)}", param_hint="--feature-map"
         )
+    if feature_map not in LEARNED:
+        options.refuse_without(context, f"--feature-map {' or '.join(LEARNED)}", "transfer_epochs")
     if replace_epochs == 0:
         options.refuse_without(context, "--replace-epochs above 0", "schedule")
     if fine_tune is False:

@@ -48,6 +48,10 @@ def attach(head: SelfTerminatingHead, model: Any) -> Any:
             f"the head ends at token {head.eos_token_id}, but the model's generation_config has "
             f"eos_token_id={ends}"
         )
+    return _attach(head, model)
+
+
+def _attach(head: SelfTerminatingHead, model: Any) -> Any:
     hooks = (
         model.register_forward_pre_hook(partial(_before, head), with_kwargs=True),
         model.register_forward_hook(partial(_after, head), with_kwargs=True),
@@ -55,7 +59,7 @@ def attach(head: SelfTerminatingHead, model: Any) -> Any:
     # Of the model, so that a copy of it has its own: handles find the hooks of their own model.
     model._fastattn_head = (hooks, model.loss_function)
     model.loss_function = _no_loss  # the head's loss takes its place
-    record(config, {name: getattr(head, name) for name in SETTINGS}, HEAD)
+    record(model.config, {name: getattr(head, name) for name in SETTINGS}, HEAD)
     return model
 
 
@@ -63,12 +67,13 @@ def attach_again(model: Any) -> None:
     """Give a model that was just built the head that its configuration says it was saved with.
 
     Raises:
-        ValueError: a damaged configuration, or another end of sequence than the model's.
+        ValueError: a damaged configuration. (Where the model ends is not known yet: its
+            generation_config is read later.)
     """
     settings = getattr(model.config, HEAD)
     if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
         raise ValueError(f"config.json has a damaged field {HEAD!r}: {settings!r}")
-    SelfTerminatingHead(**settings).attach(model)
+    _attach(SelfTerminatingHead(**settings), model)
 
 
 def detach(model: Any) -> Any:

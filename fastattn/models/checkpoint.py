@@ -22,6 +22,7 @@ from fastattn.models.attention import HEAD, SOFTMAX
 from fastattn.models.conversion import add_maps, check_settings, record
 from fastattn.models.families import ATTENTION_CLASSES, attention_modules
 from fastattn.models.marks import FIELD, MARK, NAME, is_linear
+from fastattn.nn.feature_maps import Performer, ProjectedMap
 
 
 def load(path: str | Path, **options: Any) -> Any:
@@ -100,8 +101,9 @@ def _complete_attention(model: PreTrainedModel, config: Any) -> None:
 
 
 def install() -> None:
-    """Have ``complete`` run at the end of every transformers model's construction, and
-    ``set_attn_implementation`` say where it has no effect."""
+    """Have ``complete`` run at the end of every transformers model's construction,
+    ``set_attn_implementation`` say where it has no effect, feature maps that a checkpoint has not
+    start as new ones do, and no model saved as another than it is."""
     post_init: Any = PreTrainedModel.post_init
     if hasattr(post_init, "__wrapped__"):
         return
@@ -118,12 +120,49 @@ def install() -> None:
         parts = [part for part in self.modules() if isinstance(part, PreTrainedModel)]
         before = [part.config._attn_implementation for part in parts]
         result = set_attention(self, attn_implementation, *args, **rest)
-        if attn_implementation in (NAME, SOFTMAX):
-            _check_taken(parts, before, attn_implementation)
+        wanted = attn_implementation
+        if isinstance(wanted, dict):  # the key of the whole model is ""
+            wanted = wanted.get("") if set(wanted) == {""} else None
+        if wanted in (NAME, SOFTMAX):
+            _check_taken(parts, before, wanted)
         return result
 
+    initialize: Any = PreTrainedModel._initialize_weights
+
+    @functools.wraps(initialize)
+    def initialize_maps_too(self: Any, module: Any, *args: Any, **rest: Any) -> None:
+        flag = "_is_hf_initialized"  # of a module, and of each tensor that was read
+        if isinstance(module, (ProjectedMap, Performer)) and not getattr(module, flag, False):
+            tensors = (*module.parameters(), *module.buffers())
+            if not all(getattr(tensor, flag, False) for tensor in tensors):
+                module.reset_parameters()
+        initialize(self, module, *args, **rest)
+
+    save: Any = PreTrainedModel.save_pretrained
+
+    @functools.wraps(save)
+    def check_and_save(self: Any, *args: Any, **rest: Any) -> Any:
+        _check_saved(self.config)
+        return save(self, *args, **rest)
+
+    PreTrainedModel._initialize_weights = initialize_maps_too  # type: ignore[method-assign]
+    PreTrainedModel.save_pretrained = check_and_save  # type: ignore[method-assign]
     PreTrainedModel.post_init = post_init_and_complete  # type: ignore[method-assign]
     PreTrainedModel.set_attn_implementation = set_and_check  # type: ignore[method-assign]
+
+
+def _check_saved(config: Any) -> None:
+    """The checkpoint of a linearised model comes back linear, whatever it ran last.
+
+    Raises:
+        ValueError: that is softmax attention.
+    """
+    active = config._attn_implementation
+    if is_linear(config) and not str(active).startswith("fastattn_"):
+        raise ValueError(
+            f"this model was linearised and now runs {active!r}; saved, it would come back linear: "
+            f"call fastattn.restore(model) first, or set_attn_implementation({NAME!r})"
+        )
 
 
 def _check_taken(parts: list[Any], before: list[str], name: str) -> None:

@@ -48,9 +48,15 @@ def linearize(
     Raises:
         TypeError, NotImplementedError: a model without linear attention, or an index that is no
             integer.
-        ValueError: an unknown feature map, or a layer that is not there or is local.
+        ValueError: an unknown feature map, a layer that is not there or is local, or a
+            configuration that asks for attention weights.
     """
     settings = check_settings(model, feature_map, layers)
+    if getattr(model.config, "output_attentions", False):
+        raise ValueError(
+            "linear attention has no weights to give, and config.output_attentions is True: set it "
+            "to False first"
+        )
     if not is_linear(model.config):
         model._fastattn_previous = model.config._attn_implementation
     if not _has_maps(model, **settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,8 @@ from fastattn.models.conversion import MAPS
 from fastattn.models.families import attention_modules
 from fastattn.models.marks import MARK, is_linear
 
-TRANSFER = "fastattn_transfer"
+TRANSFER = "fastattn_transfer_{}"  # a name for each context: several may be open
+_numbers = itertools.count()
 INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 
 
@@ -58,8 +60,9 @@ def attention_transfer(
                 losses.append(relative_error(got.float(), target.float(), mask))
         return out, None
 
-    AttentionInterface.register(TRANSFER, forward)
-    AttentionMaskInterface.register(TRANSFER, keep_2d_mask)
+    name = TRANSFER.format(next(_numbers))
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, keep_2d_mask)
     maps = {
         id(p) for m in modules for n in MAPS if hasattr(m, n) for p in getattr(m, n).parameters()
     }
@@ -74,7 +77,7 @@ def attention_transfer(
         return torch.stack(losses).sum()
 
     try:
-        model.set_attn_implementation(TRANSFER)
+        model.set_attn_implementation(name)
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in maps)
         yield loss

@@ -32,13 +32,21 @@ class ProjectedMap(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        return fused_maps.get(self.fused).phi(self.project(x))
+    def reset_parameters(self) -> None:
+        """Back to the start, which is the same in every new map."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, complete: bool = True) -> Tensor:
+        """``complete=False`` leaves the fused map at the end to the kernels."""
+        projected = self.project(x)
+        return fused_maps.get(self.fused).phi(projected) if complete else projected
 
 
 def for_kernel(phi: nn.Module, x: Tensor) -> tuple[Tensor, str]:
     """What ``linear_attention`` is to be given for ``phi(x)``, and as which ``feature_map``."""
-    return phi.project(x) if isinstance(phi, ProjectedMap) else phi(x), fused_part(phi)
+    # A call of the module, so that hooks run: accelerate's bring offloaded weights.
+    features: Tensor = phi(x, complete=False) if isinstance(phi, ProjectedMap) else phi(x)
+    return features, fused_part(phi)
 
 
 def fused_part(phi: nn.Module) -> str:
@@ -67,10 +75,15 @@ class Hedgehog(ProjectedMap):
         features = _check_features(features, min(4 * head_dim, MAX_DIM))
         if features % 2:
             raise ValueError(f"features must be even, half of them for Wx and -Wx; got {features}")
-        columns = features // 2
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, features // 2))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        _, head_dim, columns = self.weight.shape
         random = _randn(head_dim, columns) / head_dim**0.5
         random[:, :head_dim] = torch.eye(head_dim, device="cpu")[:, :columns]
-        self.weight = nn.Parameter(random.repeat(num_heads, 1, 1))
+        self.weight.copy_(random)
 
     def project(self, x: Tensor) -> Tensor:
         # Columns of the small weight rather than of the result: a copy less of the latter.
@@ -89,8 +102,14 @@ class T2R(ProjectedMap):
     def __init__(self, num_heads: int, head_dim: int, features: int | None = None) -> None:
         super().__init__()
         columns = _check_features(features, min(2 * head_dim, MAX_DIM))
-        self.weight = nn.Parameter(_randn(num_heads, head_dim, columns) / head_dim**0.5)
-        self.bias = nn.Parameter(torch.zeros(num_heads, 1, columns))
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, columns))
+        self.bias = nn.Parameter(torch.empty(num_heads, 1, columns))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.copy_(_randn(*self.weight.shape) / self.weight.shape[1] ** 0.5)
+        self.bias.zero_()
 
     def project(self, x: Tensor) -> Tensor:
         bias = self.bias.to(x.dtype)
@@ -127,8 +146,14 @@ class Performer(nn.Module):
     ) -> None:
         super().__init__()
         features = _check_features(features, min(4 * head_dim, MAX_DIM))
-        self.is_query = is_query
-        self.register_buffer("directions", orthogonal_directions(features, head_dim, seed))
+        self.is_query, self.seed = is_query, seed
+        self.register_buffer("directions", torch.empty(features, head_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        features, head_dim = self.directions.shape
+        self.directions.copy_(orthogonal_directions(features, head_dim, self.seed))
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DRAWS = 2000
+DRAWN_AT_ONCE = 2**22  # rows, over several draws: 50 MB or so
 
 
 def compare(
@@ -112,16 +113,23 @@ def bootstrap(
     ``b`` (rows,), and of their difference B - A, as ``[of][score]``."""
     generator = torch.Generator().manual_seed(seed)
     rows = len(truth)
-    # How often each row is drawn, which is all that the scores depend on.
-    drawn = torch.randint(rows, (DRAWS, rows), generator=generator)
-    counts = torch.zeros(DRAWS, rows).scatter_add_(1, drawn, torch.ones(DRAWS, rows))
-    scores: dict[str, Callable[[Tensor], Tensor]] = {
-        "accuracy": lambda said: counts @ (said == truth).float() / rows,
-        "matthews": lambda said: matthews(confusion(said, truth, classes, counts)),
+    scores: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "accuracy": lambda said, counts: counts @ (said == truth).float() / rows,
+        "matthews": lambda said, counts: matthews(confusion(said, truth, classes, counts)),
     }
+    parts: dict[tuple[str, str], list[Tensor]] = {}
+    at_once = max(1, DRAWN_AT_ONCE // rows)
+    for start in range(0, DRAWS, at_once):
+        shape = (min(at_once, DRAWS - start), rows)
+        # How often each row is drawn, which is all that the scores depend on.
+        drawn = torch.randint(rows, shape, generator=generator)
+        counts = torch.zeros(shape).scatter_add_(1, drawn, torch.ones(shape))
+        for score, compute in scores.items():
+            for name, said in (("A", a), ("B", b)):
+                parts.setdefault((score, name), []).append(compute(said, counts).double())
     found: dict[str, dict[str, tuple[float, float]]] = {"A": {}, "B": {}, "B - A": {}}
-    for score, compute in scores.items():
-        of_a, of_b = compute(a).double(), compute(b).double()
+    for score in scores:
+        of_a, of_b = torch.cat(parts[score, "A"]), torch.cat(parts[score, "B"])
         for name, values in (("A", of_a), ("B", of_b), ("B - A", of_b - of_a)):
             low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype))
             found[name][score] = (float(low), float(high))

@@ -105,9 +105,11 @@ def load_task(train_file: Path, dev_file: Path, labels: tuple[str, ...] | None =
             f"{train_file}: all {len(train)} rows have the label {names[0]!r}; "
             "a task needs at least two classes"
         )
-    _check_labels(train, train_file, names)
-    _check_labels(dev, dev_file, names)
     index = {name: i for i, name in enumerate(names)}
+    # What transformers calls an output that was given no name.
+    index |= {f"LABEL_{i}": i for i, name in enumerate(names) if name == str(i)}
+    _check_labels(train, train_file, index)
+    _check_labels(dev, dev_file, index)
 
     def encode(dataset: Dataset) -> Dataset:
         column = [index[label] for label in dataset["label"]]
@@ -291,11 +293,12 @@ def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
     return tuple(sorted(labels, key=key))
 
 
-def _check_labels(dataset: Dataset, path: Path, known: tuple[str, ...]) -> None:
-    unknown = Counter(label for label in dataset["label"] if label not in known)
+def _check_labels(dataset: Dataset, path: Path, index: dict[str, int]) -> None:
+    unknown = Counter(label for label in dataset["label"] if label not in index)
     if unknown:
         worst, count = unknown.most_common(1)[0]
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        known = list(index)[: 1 + max(index.values())]  # without other spellings
         shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
         raise DataError(f"{path}: unknown label {worst!r} ({count} rows){more}; known: {shown}")
 

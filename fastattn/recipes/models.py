@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastattn.recipes.data import Task
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 UNREADABLE = (ValueError, OSError, RuntimeError, SafetensorError)  # weights that are damaged
 
 
@@ -62,7 +63,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         ModelError: none is there (transformers would make up one of five words), or none that can
-            be read.
+            be read, or one that can't pad.
     """
     if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
         raise ModelError(
@@ -73,9 +74,14 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, local_files_only=True
         )
-        return tokenizer
     except Exception as error:  # each tokenizer class raises its own kind
         raise ModelError(f"can't load the tokenizer in {path}: {error}") from error
+    if tokenizer.pad_token is None:
+        raise ModelError(
+            f"the tokenizer in {path} has no padding token: give it one (tokenizer.pad_token = "
+            "..., one that the model knows) and save it again"
+        )
+    return tokenizer
 
 
 def load_model(path: Path, train: bool = False) -> PreTrainedModel:
@@ -92,7 +98,7 @@ def load_model(path: Path, train: bool = False) -> PreTrainedModel:
     unread: set[str] = set()  # fastattn.load checks this itself
     try:
         if is_linear(config):
-            model = fastattn.load(path)
+            model = fastattn.load(path, **PLAIN_OUTPUTS)
         else:
             options = {"attn_implementation": SOFTMAX, "dtype": torch.float32} if train else {}
             model, unread = _read(path, **options)
@@ -110,6 +116,7 @@ def _read(path: Path, **options: Any) -> tuple[PreTrainedModel, set[str]]:
         local_files_only=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are in the report
+        **PLAIN_OUTPUTS,
         **options,
     )
     return model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
@@ -149,7 +156,18 @@ def is_fine_tuned(config: PretrainedConfig) -> bool:
 
 
 def output_labels(config: Any) -> tuple[str, ...]:
-    """Names of a fine-tuned model's outputs, in order; LABEL_0, ... stand for 0, ..."""
+    """Names of a fine-tuned model's outputs, in order; LABEL_0, ... stand for 0, ...
+
+    Raises:
+        ModelError: outputs that are no classes, or without names.
+    """
+    if config.problem_type not in (None, "single_label_classification"):
+        raise ModelError(
+            f"the model's problem_type is {config.problem_type}; what is trained and measured here "
+            "is single_label_classification, one class of several for each text"
+        )
+    if missing := [i for i in range(config.num_labels) if i not in config.id2label]:
+        raise ModelError(f"the model's id2label names no output {missing[0]}: {config.id2label}")
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     if all(name == f"LABEL_{i}" for i, name in enumerate(names)):
         names = [str(i) for i in range(len(names))]
@@ -173,6 +191,7 @@ def new_classifier(path: Path, task: Task) -> PreTrainedModel:
             num_labels=len(task.labels),
             id2label=task.id2label,
             label2id={name: i for i, name in task.id2label.items()},
+            problem_type="single_label_classification",
             attn_implementation=SOFTMAX,
             dtype=torch.float32,  # AdamW divides by its eps of 1e-8, which float16 rounds to 0
             **no_attention_dropout(load_config(path)),

@@ -16,10 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fastattn.recipes.errors import OutputError
 
 FOLDER = "run"
 FILE = "run.json"
+# What is in the messages of safetensors and of torch.save on a full disk.
+UNWRITTEN = ("No space left", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
 CHECKPOINTS = "checkpoints"  # of a stage: what it goes on from until it is done
 Results = dict[str, Any]
 
@@ -91,6 +95,10 @@ class Run:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             except OSError as error:
                 raise OutputError(f"can't write to {folder}: {error.strerror or error}") from error
+            except (SafetensorError, RuntimeError) as error:
+                if not any(words in str(error) for words in UNWRITTEN):
+                    raise
+                raise OutputError(f"can't write to {folder}: {error}") from error
         return dict(self._record["stages"][name])
 
     def _open(self, restart: bool) -> dict[str, Any] | None:

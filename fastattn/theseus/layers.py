@@ -43,17 +43,28 @@ def layer_list(model: nn.Module, name: str | None = None) -> tuple[str, nn.Modul
 
 
 def keep_layers(model: nn.Module, name: str, kept: Sequence[int]) -> None:
-    """Leave ``model`` with the layers of these indices, in place, its configuration in step."""
+    """Leave ``model`` with the layers of these indices, in place, its configuration in step.
+
+    Raises:
+        NotImplementedError: the configuration does not count these layers.
+    """
     old = model.get_submodule(name)
     assert isinstance(old, nn.ModuleList)
+    config: Any = getattr(model, "config", None)
+    counted = getattr(config, "num_hidden_layers", None)
+    composite = getattr(config, "is_encoder_decoder", False)
+    if len(kept) != len(old) and (composite or counted not in (None, len(old))):
+        raise NotImplementedError(
+            f"{type(model).__name__} can't be saved with {len(kept)} layers in {name!r}: its "
+            f"configuration counts others (num_hidden_layers={counted})"
+        )
     layers = nn.ModuleList(old[index] for index in kept)
     set_submodule(model, name, layers)
     for position, layer in enumerate(layers):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = position  # type: ignore[assignment]
-    config: Any = getattr(model, "config", None)
-    if config is None:
+    if counted is None:
         return
     types = getattr(config, "layer_types", None)
     config.num_hidden_layers = len(kept)

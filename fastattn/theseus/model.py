@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -179,6 +180,12 @@ class Theseus(nn.Module):
         blocks = self.blocks
         if not self.training or not blocks:
             return self.model(**kwargs)
+        if getattr(self, "_is_replica", False):
+            raise NotImplementedError(
+                "Theseus can't train in nn.DataParallel, whose copies forget what was drawn: start "
+                "one process per device (torchrun), or let the process see one device only"
+            )
+        self._leave_out_cache(kwargs)
         self.set_gates(attention_mask)
         config = getattr(self.model, "config", None)
         if not kwargs.get("return_dict", getattr(config, "return_dict", True)):
@@ -192,6 +199,14 @@ class Theseus(nn.Module):
         elif not any(block.share for block in blocks):
             output = _attach(output, [p for p in self.parameters() if p.requires_grad])
         return output
+
+    def _leave_out_cache(self, kwargs: dict[str, Any]) -> None:
+        """Old and new layers would write into the same places of a decoder's cache."""
+        takes = inspect.signature(self.model.forward).parameters
+        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+            raise ValueError("a Theseus in training takes no use_cache=True and no past_key_values")
+        if "use_cache" in takes:
+            kwargs["use_cache"] = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def set_gates(self, mask: Tensor | None = None) -> None:

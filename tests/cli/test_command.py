@@ -168,6 +168,7 @@ def test_compress_towards_a_metric(classifier: Path, data: Path, tmp_path: Path)
         (("linearize", "--no-fine-tune", "--fine-tune-epochs", "1"), 2, "without --fine-tune"),
         (("linearize", "--fine-tune-epochs", "1"), 2, "is fine-tuned already"),
         (("compress", "--layers", "1", "--fine-tune-epochs", "1"), 2, "is fine-tuned already"),
+        (("linearize", "--feature-map", "elu", "--transfer-epochs", "1"), 2, "hedgehog or t2r"),
         (("compress", "--layers", "3"), 4, "must divide the 2 layers"),
         (("compress", "--layers", "1", "--linear-layers", "0"), 2, "without --attention"),
         (("compress", "--attention", "linear", "--linear-layers", "2"), 4, "got [2]"),

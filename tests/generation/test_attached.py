@@ -57,6 +57,18 @@ def log_probs_of(
     return head.log_probs(logits, started)[0]
 
 
+def test_an_end_that_only_the_generation_config_knows_comes_back(tmp_path: Path) -> None:
+    model = decoder()
+    model.config.eos_token_id = 20  # GPT-2's own is 50256, whatever the vocabulary
+    model.generation_config.eos_token_id = EOS
+    SelfTerminatingHead(EOS).attach(model)
+    model.save_pretrained(tmp_path)
+    loaded = fastattn.load(tmp_path)
+    assert loaded.generation_config.eos_token_id == EOS
+    with torch.no_grad():
+        assert torch.equal(loaded(**prompts()).logits, model(**prompts()).logits)
+
+
 @pytest.mark.parametrize(("kind", "clock"), SETTINGS)
 def test_greedy_steps_are_the_parallel_form(kind: str, clock: str) -> None:
     head, plain = SelfTerminatingHead(EOS, 0.02, kind, clock), decoder()

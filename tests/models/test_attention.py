@@ -220,8 +220,9 @@ def test_other_models_raise_and_are_never_left_with_softmax() -> None:
     # The config keeps the name that was asked for above.
     model = transformers.AutoModel.from_config(transformers.MPNetConfig(**sizes))
     for name in (NAME, attention_module.SOFTMAX):
-        with pytest.raises(NotImplementedError, match=f"MPNetModel does not take.*{name}.*albert"):
-            model.set_attn_implementation(name)
+        for asked in (name, {"": name}):
+            with pytest.raises(NotImplementedError, match=f"MPNetModel does not .*{name}.*albert"):
+                model.set_attn_implementation(asked)
         assert model.config._attn_implementation != name
     model = transformers.AutoModel.from_config(llama, attn_implementation="sdpa")
     model.set_attn_implementation(NAME)

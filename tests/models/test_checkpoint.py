@@ -145,6 +145,33 @@ def test_linear_part_of_a_composite_model(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(**given).logits, model(**given).logits)
 
 
+@pytest.mark.parametrize("feature_map", ["hedgehog", "t2r", "performer"])
+def test_maps_that_a_checkpoint_has_not_start_as_new_ones(feature_map: str, tmp_path: Path) -> None:
+    """Softmax weights under a linear configuration, by transformers' own loading."""
+    softmax = make("Bert")
+    softmax.save_pretrained(tmp_path)
+    config = fastattn.linearize(make("Bert"), feature_map).config
+    loaded = transformers.BertModel.from_pretrained(tmp_path, config=config)
+    for name, value in fastattn.linearize(softmax, feature_map).state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_what_runs_softmax_is_not_saved_as_linear(tmp_path: Path) -> None:
+    model = fastattn.linearize(make("Bert"), "elu")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"was linearised and now runs 'sdpa'.*fastattn.restore"):
+        model.save_pretrained(tmp_path)
+    fastattn.restore(model).save_pretrained(tmp_path)
+    assert not is_linear(transformers.BertModel.from_pretrained(tmp_path).config)
+
+
+def test_offloaded_maps_are_brought_back() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="offloading is accelerate's")
+    model = fastattn.linearize(make("Bert", "ForSequenceClassification"), "hedgehog")
+    expected = outputs(model)
+    assert torch.equal(outputs(accelerate.cpu_offload(model)), expected)
+
+
 def test_softmax_checkpoints_are_untouched(tmp_path: Path) -> None:
     model = make("Bert", "ForSequenceClassification")
     model.set_attn_implementation(NAME)  # by name: transformers keeps no names, and we don't here

@@ -166,6 +166,13 @@ def test_bad_arguments() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_configuration_that_asks_for_weights_is_refused() -> None:
+    model = make("Bert", output_attentions=True, attn_implementation="eager")
+    with pytest.raises(ValueError, match="config.output_attentions is True"):
+        fastattn.linearize(model)
+    assert model.config._attn_implementation == "eager"
+
+
 def test_integers_of_numpy_become_plain_ones() -> None:
     model = fastattn.linearize(make("Bert"), layers=numpy.array([2, 0]))
     layers = model.config.fastattn["layers"]

@@ -80,6 +80,15 @@ def test_misuse_is_said_and_leaves_the_model_as_it_was() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_two_at_once_keep_apart() -> None:
+    one, two = (fastattn.linearize(make(family), "hedgehog") for family in ("Bert", "Roberta"))
+    with attention_transfer(one) as loss_of_one:
+        alone = loss_of_one(one, inputs()).item()
+        with attention_transfer(two) as loss_of_two:
+            assert loss_of_one(one, inputs()).item() == alone
+            assert loss_of_two(two, inputs()).item() > 0
+
+
 def test_padding_does_not_count() -> None:
     target, got = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
     mask = torch.ones(2, 5, dtype=torch.bool)

@@ -56,6 +56,17 @@ def test_a_model_against_itself_differs_in_nothing(classifier: Path, data: Path)
         assert score == {"value": 0.0, "interval": (0.0, 0.0)}
 
 
+def test_bootstrap_of_many_rows_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = torch.arange(600) % 3
+    said = torch.where(torch.arange(600) < 200, 0, truth)
+    whole = bootstrap(said, truth, truth, 3)
+    monkeypatch.setattr("fastattn.recipes.compare.DRAWN_AT_ONCE", 7 * 600)
+    in_parts = bootstrap(said, truth, truth, 3)
+    for of in whole:
+        for score in whole[of]:
+            assert in_parts[of][score] == pytest.approx(whole[of][score], abs=0.006)
+
+
 def test_bootstrap_interval_has_the_binomial_width() -> None:
     truth = torch.zeros(1000, dtype=torch.long)
     said = (torch.arange(1000) < 200).long()  # 80 % right

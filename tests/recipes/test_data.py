@@ -148,6 +148,16 @@ def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_outputs_without_names_go_by_both_spellings(tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text("text\tlabel\na\tLABEL_1\nb\tLABEL_0\nc\t1\n")
+    task = load_task(*find_files(tmp_path), ("0", "1"))
+    assert task.train["label"][:] == [1, 0, 1]
+    (tmp_path / "dev.tsv").write_text("text\tlabel\na\tLABEL_2\n")
+    with pytest.raises(DataError, match=r"unknown label 'LABEL_2' \(1 rows\); known: 0, 1$"):
+        load_task(*find_files(tmp_path), ("0", "1"))
+
+
 def test_unknown_label_in_dev(tmp_path: Path) -> None:
     write(tmp_path, train_tsv=TSV, dev_tsv="text\tlabel\na\tmaybe\nb\tmaybe\n")
     with pytest.raises(DataError, match=r"dev.tsv: unknown label 'maybe' \(2 rows\); known: 0, 1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,13 @@ from transformers import AutoModelForMaskedLM
 
 from fastattn.recipes.data import Task, find_files, load_task
 from fastattn.recipes.errors import ModelError
-from fastattn.recipes.models import load_model, load_tokenizer, new_classifier
+from fastattn.recipes.models import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    new_classifier,
+    output_labels,
+)
 
 LAYER = "encoder.layer.1.output.dense.weight"
 
@@ -86,6 +93,45 @@ def test_a_pooler_is_made_anew_as_a_whole(encoder: Path, task: Task, tmp_path: P
     )
     with pytest.raises(ModelError, match="1 are missing.*pooler.dense.bias"):
         new_classifier(folder, task)
+
+
+def edit_config(folder: Path, **changes: object) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_outputs_that_are_no_classes(
+    classifier: Path, task: Task, tmp_path: Path, kind: str
+) -> None:
+    folder = edit_config(copy(classifier, tmp_path / "copy"), problem_type=kind)
+    with pytest.raises(ModelError, match=rf"problem_type is {kind}"):
+        output_labels(load_config(folder))
+    assert new_classifier(folder, task).config.problem_type == "single_label_classification"
+
+
+def test_an_output_without_a_name(classifier: Path, tmp_path: Path) -> None:
+    names = {"1": "good", "2": "bad"}
+    folder = edit_config(copy(classifier, tmp_path / "copy"), id2label=names)
+    with pytest.raises(ModelError, match="id2label names no output 0"):
+        output_labels(load_config(folder))
+
+
+def test_outputs_come_as_we_read_them(classifier: Path, tmp_path: Path) -> None:
+    asked = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
+    config = load_model(edit_config(copy(classifier, tmp_path / "copy"), **asked)).config
+    assert config.return_dict
+    assert not config.output_attentions and not config.output_hidden_states
+
+
+def test_a_tokenizer_that_cannot_pad(encoder: Path, tmp_path: Path) -> None:
+    folder = copy(encoder, tmp_path / "copy")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="has no padding token: give it one"):
+        load_tokenizer(folder)
 
 
 def test_a_damaged_weights_file(classifier: Path, task: Task, tmp_path: Path) -> None:

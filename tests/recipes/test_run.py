@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from fastattn.recipes.arguments import weights_digest
 from fastattn.recipes.errors import OutputError
@@ -95,6 +96,30 @@ def test_restart_does_not_delete_what_it_is_given(tmp_path: Path) -> None:
     assert (out / "run" / "softmax").is_dir()
     assert list(Run(out, ARGUMENTS, inputs={"model": out}).done) == ["softmax"]
     Run(out, ARGUMENTS, restart=True, inputs={"model": tmp_path / "outside"})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_a_full_disk(tmp_path: Path, error: Exception) -> None:
+    def compute(folder: Path) -> dict[str, object]:
+        raise error
+
+    with pytest.raises(OutputError, match="can't write to .*one"):
+        Run(tmp_path, ARGUMENTS).stage("one", compute)
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    def compute(folder: Path) -> dict[str, object]:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        Run(tmp_path, ARGUMENTS).stage("one", compute)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

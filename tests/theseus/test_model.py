@@ -337,6 +337,46 @@ def test_a_model_that_returns_tuples(match: float) -> None:
     assert isinstance(theseus.eval()(**given), tuple)
 
 
+@pytest.mark.parametrize("match", [0.0, 1.0])
+def test_a_decoder_trains_without_a_cache(match: float) -> None:
+    """Old and new layers would share its places."""
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=64, n_embd=32, n_layer=4, n_head=2, initializer_range=0.2,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    predecessor = transformers.GPT2LMHeadModel(config)
+    batch = {"input_ids": inputs()["input_ids"], "labels": inputs()["input_ids"]}
+    theseus = Theseus(
+        predecessor, 2, layers="transformer.h", schedule=ConstantSchedule(0.5), match=match
+    ).train()
+    for _ in range(8):
+        output = theseus(**batch)
+        assert output.past_key_values is None
+        if not any(block.share for block in theseus.blocks):
+            loss = output.loss - match * output.get("matching_loss", 0)
+            torch.testing.assert_close(loss, predecessor(**batch, use_cache=False).loss)
+    with pytest.raises(ValueError, match="no use_cache=True"):
+        theseus(**batch, use_cache=True)
+
+
+def test_copies_of_data_parallel_are_refused() -> None:
+    theseus = Theseus(make(), 2).train()
+    theseus._is_replica = True  # as torch.nn.parallel.replicate leaves them
+    with pytest.raises(NotImplementedError, match=r"nn.DataParallel.*torchrun"):
+        theseus(**inputs())
+
+
+def test_layers_that_the_configuration_does_not_count() -> None:
+    config = transformers.BartConfig(
+        vocab_size=50, d_model=32, encoder_layers=4, decoder_layers=4, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config)
+    with pytest.raises(NotImplementedError, match=r"can't be saved with 2 layers in 'model.dec"):
+        Theseus(model, 2, layers="model.decoder.layers")
+
+
 def test_unsupported_models_raise() -> None:
     mpnet = make("MPNet")
     with pytest.raises(NotImplementedError, match="not supported in MPNet"):
