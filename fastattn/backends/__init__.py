@@ -111,7 +111,7 @@ _BACKENDS = {
 # What is missing where a backend can't be imported.
 _NEEDS = {
     "cpu": "the native library is not built",
-    "triton": "Triton is not installed, or not a version that works here (3.6 to 3.9 do)",
+    "triton": "Triton is not installed, or too old or too new (3.6 to 3.9 are known to work)",
     "cuda": "the CUDA kernels are not built",
 }
 

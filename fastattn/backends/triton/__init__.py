@@ -9,6 +9,14 @@ stores). ``aot.py`` compiles all of it without a GPU. docs/triton.md explains th
 
 from __future__ import annotations
 
-from fastattn.backends.triton.backend import TritonBackend
+import triton
+
+OLDEST = (3, 6)
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(f"this is Triton {triton.__version__}")
+try:
+    from fastattn.backends.triton.backend import TritonBackend
+except AttributeError as error:  # something of Triton's that has another name by now
+    raise ImportError(f"this is Triton {triton.__version__}: {error}") from error
 
 __all__ = ["TritonBackend"]

@@ -39,6 +39,7 @@ class Arch:
 
 ARCHS = {
     "sm_80": Arch(GPUTarget("cuda", 80, 32), 163 * KIB),
+    "sm_86": Arch(GPUTarget("cuda", 86, 32), 99 * KIB),  # as sm_89 and sm_120
     "sm_90": Arch(GPUTarget("cuda", 90, 32), 227 * KIB),
     "sm_100": Arch(GPUTarget("cuda", 100, 32), 227 * KIB),
     "gfx942": Arch(GPUTarget("hip", "gfx942", 64), 64 * KIB),
@@ -72,12 +73,12 @@ class Call:
         )  # fmt: skip
 
 
-# Every head size in the type that models train in, both other types at the commonest size, and the
+# Every head size in the type that models train in, both other types at the commonest sizes, and the
 # maps whose derivatives need reductions.
 SHIPPED = (
     *(Call(d, is_causal=c) for d in (32, 64, 128, 256) for c in (False, True)),
-    *(Call(64, torch.float32, is_causal=c) for c in (False, True)),
-    *(Call(64, torch.float16, is_causal=c) for c in (False, True)),
+    *(Call(d, torch.float32, is_causal=c) for d in (64, 128) for c in (False, True)),
+    *(Call(d, torch.float16, is_causal=c) for d in (64, 128) for c in (False, True)),
     *(Call(64, feature_map="softmax", is_causal=c) for c in (False, True)),
     Call(64, feature_map="cosine"),
     Call(64, feature_map="efficient"),

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton.runtime
 from torch import Tensor
 
 from fastattn.backends import Gradients, Inputs, Outputs, new_out
@@ -41,7 +42,13 @@ def _unsupported_gpu(device_type: str, index: int | None) -> str | None:
         return None if torch.xpu.is_available() else "torch finds no usable Intel GPU"
     if not torch.cuda.is_available():
         return "torch finds no usable GPU"
-    return too_old(index) if torch.version.hip is None else None
+    if torch.version.hip is None and (reason := too_old(index)) is not None:
+        return reason
+    try:  # Triton compiles a little C for its launcher
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton can't start: {error}"
+    return None
 
 
 @cache

@@ -11,16 +11,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 import triton
+import triton.runtime
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _IS_AMD = torch.version.hip is not None
-WARP_SIZE = 64 if _IS_AMD else 32
 ALIGNMENT = 16  # bytes; what Triton assumes of a pointer if the first one it sees has it
 _SMALL = 2**31 - 1  # bytes of memory in which Triton counts in 32 bits, on AMD
+
+
+@cache
+def warp_size() -> int:
+    """Threads of a warp on the GPUs here: AMD's have 64 (CDNA) or 32 (RDNA)."""
+    return int(triton.runtime.driver.active.get_current_target().warp_size) if _IS_AMD else 32
 
 
 def kernel(function: Callable[..., None]) -> Any:
@@ -96,8 +103,20 @@ class Step:
         if INTERPRETED:
             self.kernel[self.grid](*values)
         elif not usual:
-            self.kernel[self.grid](*values, **self.options(WARP_SIZE))
+            self._start(values)
         elif device in self.compiled:
             self.compiled[device][self.grid](*values)
         else:
-            self.compiled[device] = self.kernel[self.grid](*values, **self.options(WARP_SIZE))
+            self.compiled[device] = self._start(values)
+
+    def _start(self, values: list[Any]) -> Any:
+        """By Triton's launcher, which compiles and loads what has not run yet."""
+        try:
+            return self.kernel[self.grid](*values, **self.options(warp_size()))
+        except Exception as error:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a kernel that has not run yet can't be loaded while a CUDA graph is captured: "
+                    "make this very call once before the capture"
+                ) from error
+            raise

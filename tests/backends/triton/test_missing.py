@@ -43,6 +43,14 @@ def test_missing_triton_is_a_reason() -> None:
     assert "backend='triton' cannot" in error
 
 
+def test_an_old_triton_is_a_reason() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    old = "import triton\ntriton.__version__ = '3.3.1'\ndel triton.knobs\n"
+    reason, error = python(old + EXPLAIN).strip().splitlines()
+    assert "3.6 to 3.9 are known to work" in reason and "this is Triton 3.3.1" in reason
+    assert "backend='triton' cannot" in error
+
+
 def test_cpu_tensors_are_a_reason() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     reason, error = python(EXPLAIN).strip().splitlines()
@@ -63,7 +71,7 @@ sys.argv = ["fastattn", "info", "--kernels", *OPTIONS]
 main()
 """
     rows = json.loads(python("OPTIONS = ['--json']\n" + code))
-    assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_86", "sm_90", "sm_100", "gfx942"}
     assert all(row["kernel"] == "recurrent" and row["registers"] > 0 for row in rows)
     table = python("OPTIONS = []\n" + code)
     assert "recurrent" in table
