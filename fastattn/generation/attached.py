@@ -40,15 +40,22 @@ def attach(head: SelfTerminatingHead, model: Any) -> Any:
             f"eos_token_id must be below the model's vocabulary of {vocabulary}; "
             f"got {head.eos_token_id}"
         )
-    ends = model.generation_config.eos_token_id
-    if ends is None:
+    if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = head.eos_token_id
-    elif head.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
+    check_end(head.eos_token_id, model)
+    return _attach(head, model)
+
+
+def check_end(eos_token_id: int, model: Any) -> None:
+    """Raises:
+    ValueError: ``generate`` would go on after the head's end of sequence.
+    """
+    ends = model.generation_config.eos_token_id
+    if eos_token_id not in (ends if isinstance(ends, list) else [ends]):
         raise ValueError(
-            f"the head ends at token {head.eos_token_id}, but the model's generation_config has "
+            f"the head ends at token {eos_token_id}, but the model's generation_config has "
             f"eos_token_id={ends}"
         )
-    return _attach(head, model)
 
 
 def _attach(head: SelfTerminatingHead, model: Any) -> Any:
@@ -67,8 +74,8 @@ def attach_again(model: Any) -> None:
     """Give a model that was just built the head that its configuration says it was saved with.
 
     Raises:
-        ValueError: a damaged configuration. (Where the model ends is not known yet: its
-            generation_config is read later.)
+        ValueError: a damaged configuration. (Its generation_config is read later: ``load`` calls
+            ``check_end`` then.)
     """
     settings = getattr(model.config, HEAD)
     if not isinstance(settings, dict) or set(settings) != set(SETTINGS):

@@ -38,7 +38,8 @@ def load(path: str | Path, **options: Any) -> Any:
         options: of ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
 
     Raises:
-        ValueError: no checkpoint of that kind, or its weights don't fit its configuration.
+        ValueError: no checkpoint of that kind, its weights don't fit its configuration, or its
+            self-terminating head ends otherwise than ``generate`` would.
         OSError: nothing there.
     """
     config, _ = PreTrainedConfig.get_config_dict(path, **options)
@@ -53,6 +54,10 @@ def load(path: str | Path, **options: Any) -> Any:
         if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             shown = ", ".join(str(key) for key in sorted(keys, key=str)[:5])
             raise ValueError(f"the weights in {path} don't fit: {kind.replace('_', ' ')} {shown}")
+    if config.get(HEAD) is not None:
+        from fastattn.generation.attached import check_end
+
+        check_end(config[HEAD]["eos_token_id"], model)
     # Weights lie where the file has them, on no boundary: matrix products then round otherwise
     # than those of the model that was saved.
     for parameter in model.parameters():
@@ -121,8 +126,8 @@ def install() -> None:
         before = [part.config._attn_implementation for part in parts]
         result = set_attention(self, attn_implementation, *args, **rest)
         wanted = attn_implementation
-        if isinstance(wanted, dict):  # the key of the whole model is ""
-            wanted = wanted.get("") if set(wanted) == {""} else None
+        if isinstance(wanted, dict):  # by part; the key of the model itself is ""
+            wanted, parts, before = wanted.get(""), parts[:1], before[:1]
         if wanted in (NAME, SOFTMAX):
             _check_taken(parts, before, wanted)
         return result

@@ -82,6 +82,7 @@ def attention_transfer(
             parameter.requires_grad_(id(parameter) in maps)
         yield loss
     finally:
+        losses.clear()  # transformers keeps the function that was registered, and it these
         model.set_attn_implementation(previous)
         for parameter, was in required.items():
             parameter.requires_grad_(was)

@@ -106,8 +106,9 @@ def load_task(train_file: Path, dev_file: Path, labels: tuple[str, ...] | None =
             "a task needs at least two classes"
         )
     index = {name: i for i, name in enumerate(names)}
-    # What transformers calls an output that was given no name.
-    index |= {f"LABEL_{i}": i for i, name in enumerate(names) if name == str(i)}
+    for i, name in enumerate(names):  # what transformers calls an output that was given no name
+        if name == str(i):
+            index.setdefault(f"LABEL_{i}", i)
     _check_labels(train, train_file, index)
     _check_labels(dev, dev_file, index)
 

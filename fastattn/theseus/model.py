@@ -202,10 +202,12 @@ class Theseus(nn.Module):
 
     def _leave_out_cache(self, kwargs: dict[str, Any]) -> None:
         """Old and new layers would write into the same places of a decoder's cache."""
-        takes = inspect.signature(self.model.forward).parameters
-        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-            raise ValueError("a Theseus in training takes no use_cache=True and no past_key_values")
-        if "use_cache" in takes:
+        given = [name for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
+        if kwargs.get("use_cache"):
+            given.append("use_cache=True")
+        if given:
+            raise ValueError(f"a Theseus in training keeps no cache; got {', '.join(given)}")
+        if "use_cache" in inspect.signature(self.model.forward).parameters:
             kwargs["use_cache"] = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]

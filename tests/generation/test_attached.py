@@ -67,6 +67,10 @@ def test_an_end_that_only_the_generation_config_knows_comes_back(tmp_path: Path)
     assert loaded.generation_config.eos_token_id == EOS
     with torch.no_grad():
         assert torch.equal(loaded(**prompts()).logits, model(**prompts()).logits)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 20}))
+    with pytest.raises(ValueError, match="ends at token 2, but .* eos_token_id=20"):
+        fastattn.load(tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "clock"), SETTINGS)

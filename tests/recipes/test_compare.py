@@ -56,7 +56,7 @@ def test_a_model_against_itself_differs_in_nothing(classifier: Path, data: Path)
         assert score == {"value": 0.0, "interval": (0.0, 0.0)}
 
 
-def test_bootstrap_of_many_rows_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bootstrap_in_parts_gives_the_same_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = torch.arange(600) % 3
     said = torch.where(torch.arange(600) < 200, 0, truth)
     whole = bootstrap(said, truth, truth, 3)

@@ -350,14 +350,19 @@ def test_a_decoder_trains_without_a_cache(match: float) -> None:
     theseus = Theseus(
         predecessor, 2, layers="transformer.h", schedule=ConstantSchedule(0.5), match=match
     ).train()
+    drawn = set()
     for _ in range(8):
         output = theseus(**batch)
+        shares = tuple(block.share for block in theseus.blocks)
+        drawn.add(shares)
         assert output.past_key_values is None
-        if not any(block.share for block in theseus.blocks):
+        if not any(shares):
             loss = output.loss - match * output.get("matching_loss", 0)
             torch.testing.assert_close(loss, predecessor(**batch, use_cache=False).loss)
-    with pytest.raises(ValueError, match="no use_cache=True"):
-        theseus(**batch, use_cache=True)
+    assert (0.0, 0.0) in drawn and len(drawn) > 1
+    for name, value in (("use_cache", True), ("cache", transformers.DynamicCache())):
+        with pytest.raises(ValueError, match=f"keeps no cache; got {name}"):
+            theseus(**batch, **{name: value})
 
 
 def test_copies_of_data_parallel_are_refused() -> None:
