@@ -54,10 +54,11 @@ struct RowDenominators {
   }
 };
 
-template <class Real, class Arith = Plain<Real>>
+template <class Real, class Arith = Plain<Real>, int64_t TileRows = Arith::tile_rows>
 class Call {
  protected:
-  static constexpr int64_t kRows = Arith::tile_rows;
+  static constexpr int64_t kRows = TileRows;
+  static_assert(kRows % kLanes<Real> == 0, "numbers of a tile's rows are whole vectors");
   using Denominators = RowDenominators<Real, kRows>;
 
   // Heads from `first` to before `end`.

@@ -3,8 +3,9 @@
 //   S_i = S_0 + sum_{j<=i} phi(k_j) v_j^T     out_i = phi(q_i) S_i / max(phi(q_i) . z_i, eps)
 //
 // Within a chunk the sum is a masked matrix product, A = tril(phi(q) phi(k)^T); everything before
-// the chunk is in the state. The state of a chunk is P + L: P at the start of its segment, L summed
-// from zero since. So a segment needs only its P, and threads may take segments in any order.
+// the chunk is in the state, which starts as P at the start of its segment. P of the next segment is
+// P + L, with L summed from zero along with the state. So a segment needs only its P, and threads
+// may take segments in any order.
 //
 // Backward, with g_i = do_i / den_i, u_i = S_i g_i, delta_i = -phi(q_i) . u_i / den_i:
 //
@@ -23,15 +24,15 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 template <class Real, class Arith>
-class Causal : private Call<Real, Arith> {
-  static constexpr int64_t kChunk = Arith::tile_rows;
+class Causal : private Call<Real, Arith, Arith::chunk_rows> {
+  static constexpr int64_t kChunk = Arith::chunk_rows;
   using Exact = Plain<Real>;
   using Element = typename Arith::Element;
   using Pack = Operand<Arith>;
   using ForwardTile = ForwardChunk<Real, Arith>;
   using BackwardTile = BackwardChunk<Real, Arith>;
   using Factors = RowFactors<Real>;
-  using Base = Call<Real, Arith>;
+  using Base = Call<Real, Arith, Arith::chunk_rows>;
   using typename Base::Buffer;
   using Base::a_, Base::n_, Base::p_, Base::phi_;
   using Base::divides, Base::head, Base::heads, Base::mask_at;
@@ -73,7 +74,7 @@ class Causal : private Call<Real, Arith> {
         const Element* values = load_keys(s, h, t, rows, tile);
         const auto next = Base::next_tile(s.keys, {h, h + 1}, h, i, t);
         auto ahead = Base::template keys_ahead<false>(s, next);
-        accumulate(rows, values, state(s, h, i), tile, ahead);
+        accumulate(rows, values, state(s, h, i), {}, tile, ahead);
       });
     });
     for_heads([&](const Sequence& s, int64_t h) {
@@ -85,8 +86,7 @@ class Causal : private Call<Real, Arith> {
     });
     for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
       Scratch scratch;
-      const auto local = n_.take_state(scratch);
-      emit_segment(s, {h, h + 1}, h, i, state(s, h, i), local, ForwardTile(n_, scratch));
+      emit_segment(s, {h, h + 1}, h, i, state(s, h, i), {}, ForwardTile(n_, scratch));
     });
   }
 
@@ -127,8 +127,7 @@ class Causal : private Call<Real, Arith> {
       Scratch scratch;
       const BackwardTile tile(n_, scratch);
       sweep_forward(s, h, i, tile, factors_of(s, h, i));
-      sweep_reverse<false>(s, {h, h + 1}, h, i, state(s, h, i), state(s, h, i), tile,
-                           factors_of(s, h, i));
+      sweep_reverse<false>(s, {h, h + 1}, h, i, {}, state(s, h, i), tile, factors_of(s, h, i));
     });
     for_heads([&](const Sequence& s, int64_t h) {
       Scratch scratch;
@@ -140,8 +139,7 @@ class Causal : private Call<Real, Arith> {
     for_key_segments([&](const Sequence& s, int64_t h, int64_t i) {
       Scratch scratch;
       const BackwardTile tile(n_, scratch);
-      sweep_reverse<true>(s, {h, h + 1}, h, i, state(s, h, i), n_.take_state(scratch), tile,
-                          factors_of(s, h, i));
+      sweep_reverse<true>(s, {h, h + 1}, h, i, state(s, h, i), {}, tile, factors_of(s, h, i));
     });
   }
 
@@ -172,14 +170,15 @@ class Causal : private Call<Real, Arith> {
 
   // ---- forward ----------------------------------------------------------------------------------
 
-  // Outputs of segment i; local ends as its sums.
+  // Outputs of segment i; local, if given, ends as its sums.
   void emit_segment(const Sequence& s, HeadRun run, int64_t h, int64_t i, LocalState<Real> start,
                     LocalState<Real> local, const ForwardTile& tile) const {
     save(s, h, i, start);
-    n_.clear(local);
+    n_.copy_state(tile.state, start);
+    if (local.S) n_.clear(local);
     for_chunks(s, i, [&](int64_t t, int64_t rows) {
       const Element* values = load_keys(s, h, t, rows, tile);
-      const KeyOperands operands = prepare(rows, values, start, local, tile);
+      const KeyOperands operands = prepare(rows, values, tile);
       const auto next = Base::next_tile(s.keys, run, h, i, t);
       Base::for_query_heads(h, [&](int64_t q) {
         phi_.of_queries(rows, Base::queries(s, q, t, rows, tile.phi_q), tile.phi_q,
@@ -190,7 +189,7 @@ class Causal : private Call<Real, Arith> {
         Base::finish_out(s, q, t, rows, out, tile.out);
       });
       auto ahead = Base::template keys_ahead<false>(s, next);
-      accumulate(rows, values, local, tile, ahead);
+      accumulate(rows, values, tile.state, local, tile, ahead);
     });
   }
 
@@ -203,14 +202,17 @@ class Causal : private Call<Real, Arith> {
     return Base::value_operand(s, h, t, rows, mask, tile.value, tile.value_tokens);
   }
 
-  // local += phi(k)^T v of the chunk.
-  void accumulate(int64_t rows, const Element* values, LocalState<Real> local,
-                  const ForwardTile& tile, Lookahead& ahead) const {
+  // state += the sums of the chunk's phi(k) v^T and phi(k); also += them, if given.
+  void accumulate(int64_t rows, const Element* values, LocalState<Real> state,
+                  LocalState<Real> also, const ForwardTile& tile, Lookahead& ahead) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     const Element* A = Pack::pair_rows(tile.phi_k, rows, fw, tile.phi_k_tokens);
-    matmul<Arith, true>(n_.features, vw, Pack::elements(rows), A, 1, fw, values, vw, local.S, vw,
-                        ahead);
-    add_rows(local.z, tile.phi_k, rows, fw);
+    matmul<Arith, false>(n_.features, vw, Pack::elements(rows), A, 1, fw, values, vw, state.S, vw,
+                         ahead, AddedTo<Real>{state.S, also.S, vw});
+    zero(tile.z, fw);
+    add_rows(tile.z, tile.phi_k, rows, fw);
+    add(state.z, tile.z, fw);
+    if (also.z) add(also.z, tile.z, fw);
   }
 
   // Right operands that all query heads of one kv head share.
@@ -218,14 +220,10 @@ class Causal : private Call<Real, Arith> {
     const Element *state, *keys, *values;
   };
 
-  KeyOperands prepare(int64_t rows, const Element* values, LocalState<Real> start,
-                      LocalState<Real> local, const ForwardTile& tile) const {
-    const int64_t fw = n_.feature_width, vw = n_.value_width;
-    sum_of(tile.state.z, start.z, local.z, fw);
-    return {Pack::pair_rows_of_sum(start.S, local.S, n_.features, vw, tile.state.S,
-                                   tile.state_features),
-            Pack::pair_columns_transposed(tile.phi_k, rows, n_.features, fw, tile.phi_k_transposed,
-                                          tile.phi_k_features, kChunk),
+  KeyOperands prepare(int64_t rows, const Element* values, const ForwardTile& tile) const {
+    return {Pack::pair_rows(tile.state.S, n_.features, n_.value_width, tile.state_features),
+            Pack::pair_columns_transposed(tile.phi_k, rows, n_.features, n_.feature_width,
+                                          tile.phi_k_transposed, tile.phi_k_features, kChunk),
             values};
   }
 
@@ -236,8 +234,7 @@ class Causal : private Call<Real, Arith> {
     const Real* phi_q = tile.phi_q;
     const Element* A_query = Pack::pair_columns(phi_q, rows, fw, tile.phi_q_features);
     matmul_to_lower<Arith>(rows, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
-                           operands.keys, kChunk, tile.scores, kChunk, ahead);
-    keep_lower<Arith>(tile.scores, rows);
+                           operands.keys, kChunk, tile.scores, kChunk, nullptr, ahead);
     const Element* A_scores = Pack::pair_columns(tile.scores, rows, kChunk, tile.scores_tokens);
     Real inverse[kChunk];
     if (divides()) {
@@ -245,11 +242,27 @@ class Causal : private Call<Real, Arith> {
       add_sums_of_lower<Arith>(tile.scores, rows, inverse);
       invert_denominators(inverse, rows, p_.eps);
     }
-    matmul<Arith, false>(rows, vw, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
-                         operands.state, vw, out.data, out.stride, ahead);
-    matmul_from_lower<Arith>(rows, vw, A_scores, Pack::elements(kChunk), operands.values, vw,
-                             out.data, out.stride, Pack::per_element,
-                             divides() ? inverse : nullptr, ahead);
+    const auto product = [&](const auto& finish) {
+      matmul<Arith, false>(rows, vw, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
+                           operands.state, vw, out.data, out.stride, ahead, finish,
+                           of_scores(rows, A_scores, operands.values, vw));
+    };
+    if (divides())
+      product(Scaled<Real>{inverse});
+    else
+      product(AsItIs{});
+  }
+
+  // The product of scores, paired along columns, and rows of the chunk; or of their transpose, paired
+  // along rows.
+  static Triangle<Arith> of_scores(int64_t rows, const Element* A, const Element* B, int64_t ldb) {
+    const int64_t lda = Pack::elements(kChunk), K = Pack::elements(rows);
+    return {A, lda, 1, B, ldb, K, Pack::per_element, false};
+  }
+
+  static Triangle<Arith> of_scores_transposed(int64_t rows, const Element* A, const Element* B,
+                                              int64_t ldb) {
+    return {A, 1, kChunk, B, ldb, Pack::elements(rows), Pack::per_element, true};
   }
 
   // ---- backward ---------------------------------------------------------------------------------
@@ -273,17 +286,15 @@ class Causal : private Call<Real, Arith> {
   void sweep_forward(const Sequence& s, int64_t h, int64_t segment, const BackwardTile& tile,
                      const Factors& factors) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
-    restore(s, h, segment, tile.start);
-    transpose<Real>(n_.features, n_.values, tile.start.S, vw, tile.start_transposed, fw);
-    zero(tile.local_transposed, n_.values * fw);
+    restore(s, h, segment, tile.state);
+    transpose<Real>(n_.features, n_.values, tile.state.S, vw, tile.state_transposed, fw);
     for_chunks(s, segment, [&](int64_t t, int64_t rows) {
       // (After the last chunk the other sweep begins, with what is in cache.)
       const typename Base::Place next{h, t + kChunk};
       const Real* value = load_keys(s, h, t, rows, tile);
-      running_sums<true>(tile.start.z, tile.phi_k, rows, fw, tile.z);
+      running_sums<true>(tile.state.z, tile.phi_k, rows, fw, tile.z);
       const KeysBefore operands = {
-          Pack::pair_rows_of_sum(tile.start_transposed, tile.local_transposed, n_.values, fw,
-                                 tile.state_transposed, tile.state_features),
+          Pack::pair_rows(tile.state_transposed, n_.values, fw, tile.state_features),
           Pack::pair_rows(tile.phi_k, rows, fw, tile.phi_k_tokens),
           values_transposed(rows, value, tile)};
       Base::for_query_heads(h, [&](int64_t q) {
@@ -302,8 +313,9 @@ class Causal : private Call<Real, Arith> {
       });
       auto ahead = Base::template keys_ahead<false>(s, next);
       const Element* A = Pack::pair_rows(value, rows, vw, tile.value_tokens);
-      matmul<Arith, true>(n_.values, fw, Pack::elements(rows), A, 1, vw, operands.keys, fw,
-                          tile.local_transposed, fw, ahead);
+      matmul<Arith, false>(n_.values, fw, Pack::elements(rows), A, 1, vw, operands.keys, fw,
+                           tile.state_transposed, fw, ahead,
+                           AddedTo<Real>{tile.state_transposed, nullptr, fw});
     });
   }
 
@@ -324,14 +336,12 @@ class Causal : private Call<Real, Arith> {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     Real *phi_q = tile.phi_q, *dphi_q = tile.dphi_q;
     const Element* g = Pack::pair_columns(tile.g, rows, vw, tile.g_features);
-    matmul<Arith, false>(rows, fw, Pack::elements(n_.values), g, Pack::elements(vw), 1,
-                         operands.state_transposed, fw, dphi_q, fw, ahead);
     matmul_to_lower<Arith>(rows, Pack::elements(n_.values), g, Pack::elements(vw), 1,
-                           operands.values_transposed, kChunk, tile.scores, kChunk, ahead);
-    keep_lower<Arith>(tile.scores, rows);
+                           operands.values_transposed, kChunk, tile.scores, kChunk, nullptr, ahead);
     const Element* scores = Pack::pair_columns(tile.scores, rows, kChunk, tile.scores_tokens);
-    matmul_from_lower<Arith>(rows, fw, scores, Pack::elements(kChunk), operands.keys, fw, dphi_q,
-                             fw, Pack::per_element, nullptr, ahead);
+    matmul<Arith, false>(rows, fw, Pack::elements(n_.values), g, Pack::elements(vw), 1,
+                         operands.state_transposed, fw, dphi_q, fw, ahead, AsItIs{},
+                         of_scores(rows, scores, operands.keys, fw));
     if (divides()) {
       Real along[kChunk];
       dots(phi_q, dphi_q, fw, rows, fw, along);
@@ -342,28 +352,26 @@ class Causal : private Call<Real, Arith> {
     phi_.chain_queries(phi_q, tile.inverse_norm_q, rows, dphi_q);
   }
 
-  // local = the segment's sums of phi(q) g^T and delta phi(q), from zero, last chunk first. With
-  // `Writes`, dk and dv as well; `after` then holds the sums of all later segments.
+  // local, if given, = the segment's sums of phi(q) g^T and delta phi(q), from zero, last chunk
+  // first. With `Writes`, dk and dv as well; `after` then holds the sums of all later segments.
   template <bool Writes>
   void sweep_reverse(const Sequence& s, HeadRun run, int64_t h, int64_t segment,
                      LocalState<Real> after, LocalState<Real> local, const BackwardTile& tile,
                      const Factors& factors) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
     const int64_t begin = s.keys.begin(segment), end = s.keys.end(segment);
-    n_.clear(local);
+    if (local.S) n_.clear(local);
+    if constexpr (Writes) n_.copy_state(tile.state, after);
+    const LocalState<Real> sums = Writes ? tile.state : local, also = Writes ? local : LocalState<Real>{};
     for (int64_t t = begin + (end - begin - 1) / kChunk * kChunk; t >= begin; t -= kChunk) {
       const int64_t rows = std::min(kChunk, end - t);
       const auto next = Base::next_tile_in_reverse(s.keys, run, h, segment, t);
-      KeysTransposed operands{};
+      KeysAndLater operands{};
       Lookahead ahead_of_keys;
       if constexpr (Writes) {
         const Real* value = load_keys(s, h, t, rows, tile);
-        operands = {values_transposed(rows, value, tile),
-                    Pack::pair_columns_transposed(tile.phi_k, rows, n_.features, fw,
-                                                  tile.phi_k_transposed, tile.phi_k_features,
-                                                  kChunk)};
+        operands = prepare(rows, value, tile);
         ahead_of_keys = Base::template keys_ahead<true>(s, next);
-        key_gradient_of_later_chunks(rows, value, after, local, tile, ahead_of_keys);
       }
       Base::for_query_heads(h, [&](int64_t q) {
         const int64_t in_group = q - h * n_.group;
@@ -373,11 +381,13 @@ class Causal : private Call<Real, Arith> {
         const Element* queries = Pack::pair_rows(tile.phi_q, rows, fw, tile.phi_q_tokens);
         const Element* g = Pack::pair_rows(tile.g, rows, vw, tile.g_tokens);
         if constexpr (Writes)
-          key_gradient_of_this_chunk(rows, operands, queries, g, delta, tile, ahead_of_keys);
+          key_gradient(rows, operands, in_group == 0, queries, g, delta, tile, ahead_of_keys);
         auto ahead = Base::template queries_ahead<false>(s, next, in_group);
-        matmul<Arith, true>(n_.features, vw, Pack::elements(rows), queries, 1, fw, g, vw, local.S,
-                            vw, ahead);
-        if (divides()) matmul<Exact, true>(1, fw, rows, delta, 0, 1, tile.phi_q, fw, local.z, fw);
+        matmul<Arith, false>(n_.features, vw, Pack::elements(rows), queries, 1, fw, g, vw, sums.S,
+                             vw, ahead, AddedTo<Real>{sums.S, also.S, vw});
+        if (divides())
+          matmul<Exact, false>(1, fw, rows, delta, 0, 1, tile.phi_q, fw, sums.z, fw, Nothing{},
+                               AddedTo<Real>{sums.z, also.z, fw});
       });
       if constexpr (Writes) {
         phi_.chain_keys(tile.phi_k, tile.inverse_norm_k, rows, mask_at(s.batch, s.key_begin + t),
@@ -387,53 +397,55 @@ class Causal : private Call<Real, Arith> {
     }
   }
 
-  // dphi(k) and dv from the queries of all later chunks: through dS and dz.
-  void key_gradient_of_later_chunks(int64_t rows, const Real* value, LocalState<Real> after,
-                                    LocalState<Real> local, const BackwardTile& tile,
-                                    Lookahead& ahead) const {
-    const int64_t fw = n_.feature_width, vw = n_.value_width;
-    sum_of(tile.state.S, after.S, local.S, n_.state_elements());
-    sum_of(tile.state.z, after.z, local.z, fw);
-    transpose<Real>(n_.features, n_.values, tile.state.S, vw, tile.state_transposed, fw);
-    const Element* dS_transposed =
-        Pack::pair_rows(tile.state_transposed, n_.values, fw, tile.state_features);
-    matmul<Arith, false>(rows, fw, Pack::elements(n_.values),
-                         Pack::either(value, tile.value_features), Pack::elements(vw), 1,
-                         dS_transposed, fw, tile.dphi_k, fw, ahead);
-    for (int64_t r = 0; r < rows; ++r) add(tile.dphi_k + r * fw, tile.state.z, fw);
-    const Element* dS = Pack::pair_rows(tile.state.S, n_.features, vw, tile.state_features);
-    matmul<Arith, false>(rows, vw, Pack::elements(n_.features),
-                         Pack::either(tile.phi_k, tile.phi_k_features), Pack::elements(fw), 1, dS,
-                         vw, tile.dvalue, vw, ahead);
-  }
-
-  // Right operands of scores that all query heads of one kv head share.
-  struct KeysTransposed {
-    const Element *values, *keys;
+  // Operands of dk and dv that all query heads of one kv head share: the chunk, and the gradient of
+  // the state that comes from all later ones.
+  struct KeysAndLater {
+    const Element *values, *values_transposed, *keys, *keys_transposed, *dS, *dS_transposed;
   };
 
-  // The same from the queries i >= j of this chunk, through the scores.
-  void key_gradient_of_this_chunk(int64_t rows, const KeysTransposed& operands,
-                                  const Element* queries, const Element* g, const Real* delta,
-                                  const BackwardTile& tile, Lookahead& ahead) const {
+  KeysAndLater prepare(int64_t rows, const Real* value, const BackwardTile& tile) const {
     const int64_t fw = n_.feature_width, vw = n_.value_width;
-    const auto add_from_scores = [&](const Element* B, int64_t width, Real* sums) {
-      keep_lower<Arith>(tile.scores, rows);
-      const Element* A = Pack::pair_rows(tile.scores, rows, kChunk, tile.scores_tokens);
-      matmul_from_lower_transposed<Arith>(rows, width, A, kChunk, B, width, sums, width,
-                                          Pack::per_element, ahead);
+    transpose<Real>(n_.features, n_.values, tile.state.S, vw, tile.state_transposed, fw);
+    const Element* values_turned = values_transposed(rows, value, tile);
+    const Element* keys_turned =
+        Pack::pair_columns_transposed(tile.phi_k, rows, n_.features, fw, tile.phi_k_transposed,
+                                      tile.phi_k_features, kChunk);
+    return {Pack::either(value, tile.value_features),
+            values_turned,
+            Pack::either(tile.phi_k, tile.phi_k_features),
+            keys_turned,
+            Pack::pair_rows(tile.state.S, n_.features, vw, tile.gradient_features),
+            Pack::pair_rows(tile.state_transposed, n_.values, fw, tile.state_features)};
+  }
+
+  // dphi(k) and dv: from the queries i >= j of this chunk through the scores, and with those of the
+  // first query head from all later chunks.
+  void key_gradient(int64_t rows, const KeysAndLater& operands, bool is_first,
+                    const Element* queries, const Element* g, const Real* delta,
+                    const BackwardTile& tile, Lookahead& ahead) const {
+    const int64_t fw = n_.feature_width, vw = n_.value_width;
+    const auto add = [&](const Element* left, int64_t K, int64_t lda, const Element* later,
+                         const Element* own, int64_t width, const auto& finish, Real* sums) {
+      const Element* scores = Pack::pair_rows(tile.scores, rows, kChunk, tile.scores_tokens);
+      const auto more = of_scores_transposed(rows, scores, own, width);
+      if (is_first)
+        matmul<Arith, false>(rows, width, K, left, lda, 1, later, width, sums, width, ahead, finish,
+                             more);
+      else
+        matmul<Arith, true>(rows, width, 0, left, lda, 1, later, width, sums, width, ahead,
+                            AsItIs{}, more);
     };
+    const int64_t features = Pack::elements(n_.features), values = Pack::elements(n_.values);
+    const int64_t lda_features = Pack::elements(fw), lda_values = Pack::elements(vw);
     const Element* A_query = Pack::pair_columns(tile.phi_q, rows, fw, tile.phi_q_features);
-    matmul_to_lower<Arith>(rows, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
-                           operands.keys, kChunk, tile.scores, kChunk, ahead);
-    add_from_scores(g, vw, tile.dvalue);
+    matmul_to_lower<Arith>(rows, features, A_query, lda_features, 1, operands.keys_transposed,
+                           kChunk, tile.scores, kChunk, nullptr, ahead);
+    add(operands.keys, features, lda_features, operands.dS, g, vw, AsItIs{}, tile.dvalue);
     const Element* A_g = Pack::pair_columns(tile.g, rows, vw, tile.g_features);
-    matmul_to_lower<Arith>(rows, Pack::elements(n_.values), A_g, Pack::elements(vw), 1,
-                           operands.values, kChunk, tile.scores, kChunk, ahead);
-    if (divides())
-      for (int64_t r = 0; r < rows; ++r)
-        add_to_row(tile.scores + r * kChunk, delta[r], padded<Real>(r + 1));
-    add_from_scores(queries, fw, tile.dphi_k);
+    matmul_to_lower<Arith>(rows, values, A_g, lda_values, 1, operands.values_transposed, kChunk,
+                           tile.scores, kChunk, divides() ? delta : nullptr, ahead);
+    add(operands.values, values, lda_values, operands.dS_transposed, queries, fw,
+        AddedRow<Real>{tile.state.z}, tile.dphi_k);
   }
 };
 

@@ -1,5 +1,5 @@
-// A chunk of the causal form: what the kernels of its two passes hold in scratch, and what they do
-// to scores along the diagonal.
+// A chunk of the causal form: what the kernels of its two passes hold in scratch. Scores are zero above
+// the diagonal: products clear their blocks, and nothing else is ever written there.
 #pragma once
 
 #include "operand.h"
@@ -9,21 +9,10 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Clears scores above the diagonal, as far as a product that starts within a block of rows or a
-// sum of whole vectors reads them.
-template <class Arith, class Real>
-void keep_lower(Real* scores, int64_t rows) {
-  constexpr int64_t kChunk = Arith::tile_rows;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t end = std::min(kChunk, padded<Real>(r + Arith::lower_rows + 1));
-    for (int64_t c = r + 1; c < end; ++c) scores[r * kChunk + c] = 0;
-  }
-}
-
 // sums[r] += the sum of row r of the scores, which are zero above the diagonal.
 template <class Arith, class Real>
 void add_sums_of_lower(const Real* scores, int64_t rows, Real* sums) {
-  constexpr int64_t kChunk = Arith::tile_rows;
+  constexpr int64_t kChunk = Arith::chunk_rows;
   constexpr int L = kLanes<Real>;
   for (int64_t r = 0; r < rows; r += L) {
     Vector<Real> partial[L]{};
@@ -39,7 +28,7 @@ template <class Real, class Arith>
 struct ForwardChunk {
   using Pack = Operand<Arith>;
   using Element = typename Arith::Element;
-  static constexpr int64_t kChunk = Arith::tile_rows;
+  static constexpr int64_t kChunk = Arith::chunk_rows;
 
   ForwardChunk(const Sizes<Real>& n, Scratch& scratch) : state(n.take_state(scratch)) {
     const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
@@ -50,6 +39,7 @@ struct ForwardChunk {
     out = reals(kChunk * n.value_width);
     phi_k_transposed = reals(n.feature_width * kChunk);
     scores = reals(kChunk * kChunk);
+    zero(scores, kChunk * kChunk);
     inverse_norm = reals(kChunk);
     phi_k_tokens = elements(kChunk * n.feature_width);
     phi_k_features = elements(kChunk * n.feature_width);  // packed, then transposed
@@ -57,9 +47,11 @@ struct ForwardChunk {
     phi_q_features = elements(kChunk * n.feature_width);
     scores_tokens = elements(kChunk * kChunk);
     state_features = elements(n.feature_width * n.value_width);
+    z = reals(n.feature_width);
   }
-  LocalState<Real> state;  // P + L
+  LocalState<Real> state;  // of all tokens before the chunk
   Real *phi_k, *value, *phi_q, *out, *phi_k_transposed, *scores, *inverse_norm;
+  Real* z;  // sums of the chunk's phi(k)
   Element *phi_k_tokens, *phi_k_features, *value_tokens, *phi_q_features, *scores_tokens,
       *state_features;
 };
@@ -84,10 +76,10 @@ template <class Real, class Arith>
 struct BackwardChunk {
   using Pack = Operand<Arith>;
   using Element = typename Arith::Element;
-  static constexpr int64_t kChunk = Arith::tile_rows;
+  static constexpr int64_t kChunk = Arith::chunk_rows;
 
   BackwardChunk(const Sizes<Real>& n, Scratch& scratch)
-      : start(n.take_state(scratch)), state(n.take_state(scratch)) {
+      : state(n.take_state(scratch)) {
     const auto reals = [&](int64_t size) { return scratch.template take<Real>(size); };
     const auto elements = [&](int64_t size) { return Pack::take(scratch, size); };
     const int64_t fw = n.feature_width, vw = n.value_width;
@@ -102,10 +94,9 @@ struct BackwardChunk {
     phi_k_transposed = reals(fw * kChunk);
     value_transposed = reals(vw * kChunk);
     scores = reals(kChunk * kChunk);
+    zero(scores, kChunk * kChunk);
     inverse_norm_k = reals(kChunk);
     inverse_norm_q = reals(kChunk);
-    start_transposed = reals(vw * fw);
-    local_transposed = reals(vw * fw);
     state_transposed = reals(vw * fw);
     phi_k_tokens = elements(kChunk * fw);
     phi_k_features = elements(kChunk * fw);  // packed, then transposed
@@ -117,14 +108,15 @@ struct BackwardChunk {
     g_features = elements(kChunk * vw);
     scores_tokens = elements(kChunk * kChunk);
     state_features = elements(fw * vw);
+    gradient_features = elements(fw * vw);
   }
-  LocalState<Real> start, state;  // of the segment; its z goes along with the chunks
+  LocalState<Real> state;  // or its gradient, of all tokens before the chunk (after it)
   Real *phi_k, *value, *dphi_k, *dvalue, *phi_q, *g, *dphi_q;
   Real* z;  // up to and including every key of the chunk
   Real *phi_k_transposed, *value_transposed, *scores, *inverse_norm_k, *inverse_norm_q;
-  Real *start_transposed, *local_transposed, *state_transposed;
+  Real* state_transposed;
   Element *phi_k_tokens, *phi_k_features, *value_tokens, *value_features, *phi_q_tokens,
-      *phi_q_features, *g_tokens, *g_features, *scores_tokens, *state_features;
+      *phi_q_features, *g_tokens, *g_features, *scores_tokens, *state_features, *gradient_features;
 };
 
 }  // namespace FASTATTN_ISA

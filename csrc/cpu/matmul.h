@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "epilogue.h"
 #include "simd.h"
 
 namespace fastattn {
@@ -19,17 +20,23 @@ constexpr int kBlockRows = 6, kBlockVectors = 4;  // 32 registers: 24 sums, 4 of
 constexpr int kBlockRows = 6, kBlockVectors = 2;  // 16 registers: 12 sums, 2 of B, 1 of A
 #endif
 
+// Between the steps of a product memory is asked for: a line for every eight numbers of a whole block
+// in its 48 steps or so, enough for all that the next tile touches.
+template <int Lanes>
+constexpr int kStepsPerLine = std::max(1, 8 * 48 / (kBlockRows * kBlockVectors * Lanes));
+
 // Nothing that a thread has to hold while it multiplies.
 struct NoRegisters {
   NoRegisters() {}
 };
 
-// Sizes of products whose blocks are vectors: tokens of a tile (eight blocks of six rows, three
-// vectors), and rows of a block where the lower triangle is multiplied and where it is formed.
+// Sizes of products whose blocks are vectors: tokens of a tile (eight blocks of six rows) and of a
+// chunk of the causal form (whole vectors; fewer of them are fewer scores), and rows of a block where
+// the lower triangle of scores is formed.
 struct InVectors {
   using Registers = NoRegisters;
   static constexpr bool in_tiles = false;
-  static constexpr int64_t tile_rows = 48, lower_rows = kBlockRows, score_rows = 16;
+  static constexpr int64_t tile_rows = 48, chunk_rows = 32, score_rows = 16;
 };
 
 // What one step of k multiplies: plain numbers, or with AVX512-BF16 two bf16 at a time (with AMX
@@ -70,44 +77,40 @@ struct Nothing {
   FASTATTN_INLINE void operator()() const {}
 };
 
-// What a product does to row i of its result before writing it: nothing, or multiply it by a number.
-struct AsItIs {
-  template <class Value>
-  FASTATTN_INLINE Value operator()(int64_t, Value sum) const {
-    return sum;
+// A second product whose terms go into the same sums: nothing,
+struct NoMore {
+  static constexpr bool is_nothing = true;
+  int64_t first(int64_t) const { return 0; }
+  int64_t count(int64_t, int64_t) const { return 0; }
+};
+
+// or that of a lower triangle, which is zero above its diagonal to the end of the matrix, or of its
+// transpose: rows from i on need only some k. `per` is the number of tokens in one element of k.
+template <class Arith>
+struct Triangle {
+  static constexpr bool is_nothing = false;
+  using Element = typename Arith::Element;
+  const Element* A;
+  int64_t row_stride, k_stride;
+  const Element* B;
+  int64_t ldb, K, per;
+  bool transposed;
+
+  int64_t first(int64_t i) const { return transposed ? i / per : 0; }
+  int64_t count(int64_t i, int64_t rows) const {
+    return (transposed ? K : std::min(K, (i + rows + per - 1) / per)) - first(i);
   }
 };
 
-template <class Real>
-struct Scaled {
-  const Real* factors;
-
-  FASTATTN_INLINE Vector<Real> operator()(int64_t i, Vector<Real> sum) const {
-    return sum * factors[i];
-  }
-};
-
-// `finish` is given rows from first_row on.
-template <class Arith, int BlockRows, int Vectors, bool Accumulate, class Between, class Finish>
-FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, int64_t row_stride,
-                                  int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
-                                  typename Arith::Accumulator* C, int64_t ldc, Between& between,
-                                  const Finish& finish, int64_t first_row) {
-  using Real = typename Arith::Accumulator;
-  constexpr int L = kLanes<Real>;
-  // A line for every eight numbers of a whole block in its 48 steps or so: enough for all that the
-  // next tile touches.
-  constexpr int steps_per_line = std::max(1, 8 * 48 / (kBlockRows * kBlockVectors * L));
-  auto ask = between.take(K / steps_per_line);
-  Vector<Real> sum[BlockRows][Vectors];
-  unroll<BlockRows>([&](auto i) FASTATTN_INLINE_LAMBDA {
-    const Real* row = C + i * ldc;
-    unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA {
-      sum[i][j] = Accumulate ? load(row + j * L) : Vector<Real>{};
-    });
-  });
+// sum[i][j] += A[i, k] B[k, j] for K steps.
+template <class Arith, int BlockRows, int Vectors, class Ask>
+FASTATTN_INLINE void multiply_steps(int64_t K, const typename Arith::Element* A, int64_t row_stride,
+                                    int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
+                                    Vector<typename Arith::Accumulator> (&sum)[BlockRows][Vectors],
+                                    Ask& ask) {
+  constexpr int L = kLanes<typename Arith::Accumulator>;
   for (int64_t k = 0; k < K; ++k) {
-    if (k % steps_per_line == 0) ask();
+    if (k % kStepsPerLine<L> == 0) ask();
     decltype(Arith::load_b(B)) b[Vectors];
     unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA { b[j] = Arith::load_b(B + j * L); });
     unroll<BlockRows>([&](auto i) FASTATTN_INLINE_LAMBDA {
@@ -119,26 +122,53 @@ FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, i
     A += k_stride;
     B += ldb;
   }
+}
+
+// `finish` is given places from (row, column) on, and `more` has B from that column on.
+template <class Arith, int BlockRows, int Vectors, bool Accumulate, class Between, class Finish,
+          class More>
+FASTATTN_INLINE void matmul_block(int64_t K, const typename Arith::Element* A, int64_t row_stride,
+                                  int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
+                                  typename Arith::Accumulator* C, int64_t ldc, Between& between,
+                                  const Finish& finish, const More& more, int64_t row,
+                                  int64_t column) {
+  using Real = typename Arith::Accumulator;
+  constexpr int L = kLanes<Real>;
+  const int64_t steps_more = more.count(row, BlockRows);
+  auto ask = between.take((K + steps_more) / kStepsPerLine<L>);
+  Vector<Real> sum[BlockRows][Vectors];
   unroll<BlockRows>([&](auto i) FASTATTN_INLINE_LAMBDA {
-    Real* row = C + i * ldc;
     unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA {
-      store(row + j * L, finish(first_row + i, sum[i][j]));
+      sum[i][j] = Accumulate ? load(C + i * ldc + j * L) : Vector<Real>{};
+    });
+  });
+  multiply_steps<Arith>(K, A, row_stride, k_stride, B, ldb, sum, ask);
+  if constexpr (!More::is_nothing) {
+    const int64_t k = more.first(row);
+    multiply_steps<Arith>(steps_more, more.A + row * more.row_stride + k * more.k_stride,
+                          more.row_stride, more.k_stride, more.B + column + k * more.ldb, more.ldb,
+                          sum, ask);
+  }
+  unroll<BlockRows>([&](auto i) FASTATTN_INLINE_LAMBDA {
+    unroll<Vectors>([&](auto j) FASTATTN_INLINE_LAMBDA {
+      store(C + i * ldc + j * L, finish(row + i, column + j * L, sum[i][j]));
     });
   });
 }
 
 // One panel of `Vectors` columns: a narrower one takes more rows, to keep as many sums in flight.
 // The last rows take a smaller block.
-template <class Arith, int Vectors, bool Accumulate, class Between, class Finish>
+template <class Arith, int Vectors, bool Accumulate, class Between, class Finish, class More>
 void matmul_panel(int64_t M, int64_t K, const typename Arith::Element* A, int64_t row_stride,
                   int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
                   typename Arith::Accumulator* C, int64_t ldc, Between& between,
-                  const Finish& finish) {
+                  const Finish& finish, const More& more, int64_t column) {
   constexpr int rows = std::min(2 * kBlockRows, kBlockRows * kBlockVectors / Vectors);
   int64_t i = 0;
   const auto block = [&](auto count) FASTATTN_INLINE_LAMBDA {
     matmul_block<Arith, count, Vectors, Accumulate>(K, A + i * row_stride, row_stride, k_stride, B,
-                                                    ldb, C + i * ldc, ldc, between, finish, i);
+                                                    ldb, C + i * ldc, ldc, between, finish,
+                                                    more, i, column);
     i += count;
   };
   while (i + rows <= M) block(std::integral_constant<int, rows>{});
@@ -157,21 +187,22 @@ void matmul_panel(int64_t M, int64_t K, const typename Arith::Element* A, int64_
   }
 }
 
-// C (M, N) = A B, or += with Accumulate; `finish` has the last word. N is a multiple of the vector
-// length. A[i, k] is A[i * row_stride + k * k_stride].
-template <class Arith, bool Accumulate, class Between = Nothing, class Finish = AsItIs>
+// C (M, N) = A B, or += with Accumulate; `more` may add to it, and `finish`, an epilogue, has the last
+// word. N is a multiple of the vector length. A[i, k] is A[i * row_stride + k * k_stride].
+template <class Arith, bool Accumulate, class Between = Nothing, class Finish = AsItIs,
+          class More = NoMore>
 void matmul(int64_t M, int64_t N, int64_t K, const typename Arith::Element* A, int64_t row_stride,
             int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
             typename Arith::Accumulator* C, int64_t ldc, Between&& between = {},
-            const Finish& finish = {}) {
+            const Finish& finish = {}, const More& more = {}) {
   if constexpr (Arith::in_tiles) {
     Arith::template multiply<Accumulate>(M, N, K, A, row_stride, k_stride, B, ldb, C, ldc, between,
-                                         finish);
+                                         finish, more);
   } else {
     constexpr int L = kLanes<typename Arith::Accumulator>;
     const auto panel = [&](int64_t j, auto vectors) FASTATTN_INLINE_LAMBDA {
       matmul_panel<Arith, vectors, Accumulate>(M, K, A, row_stride, k_stride, B + j, ldb, C + j,
-                                               ldc, between, finish);
+                                               ldc, between, finish, more, j);
     };
     int64_t j = 0;
     for (; j + kBlockVectors * L <= N; j += kBlockVectors * L)
@@ -182,59 +213,22 @@ void matmul(int64_t M, int64_t N, int64_t K, const typename Arith::Element* A, i
   }
 }
 
-// The causal products only touch the lower triangle of a chunk's (row, column) matrix, to the
-// nearest block; what they read or write above the diagonal must be zero or be cleared by the
-// caller.
-
-// Scores: C[i, j] = sum_k A[i, k] B[k, j] for j <= i.
+// Scores of a chunk: C[i, j] = sum_k A[i, k] B[k, j] + added[i] for j <= i, zero above the diagonal to
+// the nearest block of rows. What is past those blocks is not written.
 template <class Arith, class Between = Nothing>
 void matmul_to_lower(int64_t rows, int64_t K, const typename Arith::Element* A, int64_t row_stride,
                      int64_t k_stride, const typename Arith::Element* B, int64_t ldb,
-                     typename Arith::Accumulator* C, int64_t ldc, Between&& between = {}) {
-  constexpr int L = kLanes<typename Arith::Accumulator>;
+                     typename Arith::Accumulator* C, int64_t ldc,
+                     const typename Arith::Accumulator* added = nullptr, Between&& between = {}) {
+  using Real = typename Arith::Accumulator;
+  constexpr int L = kLanes<Real>;
   constexpr int64_t step = Arith::score_rows;
   for (int64_t i = 0; i < rows; i += step) {
     const int64_t count = rows - i < step ? rows - i : step;
     const int64_t columns = (i + count + L - 1) / L * L;
     matmul<Arith, false>(count, columns, K, A + i * row_stride, row_stride, k_stride, B, ldb,
-                         C + i * ldc, ldc, between);
-  }
-}
-
-// C[i] += sum_{k <= i} A[i, k] B[k]; A is zero above its diagonal. `per` is the number of tokens in
-// one element of k (2 for pairs). With `factors`, C[i] is multiplied by factors[i] at last.
-template <class Arith, class Between = Nothing>
-void matmul_from_lower(int64_t rows, int64_t N, const typename Arith::Element* A,
-                       int64_t row_stride, const typename Arith::Element* B, int64_t ldb,
-                       typename Arith::Accumulator* C, int64_t ldc, int64_t per = 1,
-                       const typename Arith::Accumulator* factors = nullptr,
-                       Between&& between = {}) {
-  constexpr int64_t step = Arith::lower_rows;
-  for (int64_t i = 0; i < rows; i += step) {
-    const int64_t count = rows - i < step ? rows - i : step;
-    const auto product = [&](const auto& finish) FASTATTN_INLINE_LAMBDA {
-      matmul<Arith, true>(count, N, (i + count + per - 1) / per, A + i * row_stride, row_stride, 1,
-                          B, ldb, C + i * ldc, ldc, between, finish);
-    };
-    if (factors)
-      product(Scaled<typename Arith::Accumulator>{factors + i});
-    else
-      product(AsItIs{});
-  }
-}
-
-// C[j] += sum_{i >= j} A[i, j] B[i]; A is zero above its diagonal.
-template <class Arith, class Between = Nothing>
-void matmul_from_lower_transposed(int64_t rows, int64_t N, const typename Arith::Element* A,
-                                  int64_t lda, const typename Arith::Element* B, int64_t ldb,
-                                  typename Arith::Accumulator* C, int64_t ldc, int64_t per = 1,
-                                  Between&& between = {}) {
-  constexpr int64_t step = Arith::lower_rows;
-  static_assert(step % 2 == 0, "blocks begin where pairs do");
-  for (int64_t j = 0; j < rows; j += step) {
-    const int64_t count = rows - j < step ? rows - j : step, k = j / per;
-    matmul<Arith, true>(count, N, (rows - j + per - 1) / per, A + k * lda + j, 1, lda, B + k * ldb,
-                        ldb, C + j * ldc, ldc, between);
+                         C + i * ldc, ldc, between,
+                         KeptLower<Real>{i, added ? added + i : nullptr});
   }
 }
 

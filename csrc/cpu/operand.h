@@ -27,11 +27,6 @@ struct Operand<Plain<Real>> {
   static const Real* either(const Real* tile, const Real*) { return tile; }
 
   static const Real* pair_rows(const Real* tile, int64_t, int64_t, Real*) { return tile; }
-  static const Real* pair_rows_of_sum(const Real* a, const Real* b, int64_t rows, int64_t width,
-                                      Real* sum, Real*) {
-    sum_of(sum, a, b, rows * width);
-    return sum;
-  }
   static const Real* pair_columns(const Real* tile, int64_t, int64_t, Real*) { return tile; }
   static const Real* pair_columns_transposed(const Real* tile, int64_t rows, int64_t columns,
                                              int64_t ld, Real* transposed, Real*, int64_t ldc) {
@@ -77,13 +72,6 @@ struct PairedOperand {
                                    uint32_t* packed) {
     return pair(rows, width, packed, [&](int64_t r, int64_t i) FASTATTN_INLINE_LAMBDA {
       return widen(load(tile + r * width + i));
-    });
-  }
-
-  static const uint32_t* pair_rows_of_sum(const float* a, const float* b, int64_t rows,
-                                          int64_t width, float*, uint32_t* packed) {
-    return pair(rows, width, packed, [&](int64_t r, int64_t i) FASTATTN_INLINE_LAMBDA {
-      return widen(load(a + r * width + i) + load(b + r * width + i));
     });
   }
 
@@ -151,6 +139,11 @@ struct Sizes {
   LocalState<Real> state_at(Real* data, int64_t index) const {
     Real* S = data + index * state_stride();
     return {S, S + feature_width * value_width};
+  }
+
+  void copy_state(LocalState<Real> target, LocalState<Real> source) const {
+    copy(target.S, source.S, state_elements());
+    copy(target.z, source.z, feature_width);
   }
 
   template <class Scratch>

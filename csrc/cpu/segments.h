@@ -12,8 +12,8 @@
 
 namespace fastattn {
 
-constexpr int64_t kSegmentUnit = 48;  // tokens of the usual tile, so that segments end with one
-constexpr int64_t kSegmentTokens = 11 * kSegmentUnit;  // at least
+constexpr int64_t kSegmentUnit = 96;  // tokens: whole tiles of 48 and chunks of 32
+constexpr int64_t kSegmentTokens = 6 * kSegmentUnit;  // at least
 constexpr int64_t kMaxSegments = 64;                   // bounds the states kept for one sequence
 
 struct Segments {

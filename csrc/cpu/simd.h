@@ -63,6 +63,16 @@ FASTATTN_INLINE void store(Real* p, Vector<Real> v) {
 }
 
 // x - 0 is x for every x, so this is one broadcast; x + 0 is not (of -0), and would be computed.
+// v in the first n lanes, 0 in the others.
+template <class Real>
+FASTATTN_INLINE Vector<Real> first_lanes(int64_t n, Vector<Real> v) {
+  using Bits = typename Simd<Real>::Bits;
+  Bits lane;
+  for (int i = 0; i < kLanes<Real>; ++i) lane[i] = i;
+  const Bits end = Bits{} + static_cast<decltype(lane[0] + 0)>(n);
+  return lane < end ? v : Vector<Real>{};
+}
+
 template <class Real>
 FASTATTN_INLINE Vector<Real> splat(Real x) {
   return x - Vector<Real>{};

@@ -221,12 +221,6 @@ FASTATTN_INLINE void add(Real* y, const Real* x, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<Real>) store(y + i, load(x + i) + load(y + i));
 }
 
-// y = a + b
-template <class Real>
-FASTATTN_INLINE void sum_of(Real* y, const Real* a, const Real* b, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<Real>) store(y + i, load(a + i) + load(b + i));
-}
-
 template <class Real>
 FASTATTN_INLINE void scale_row(Real* y, Real a, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<Real>) store(y + i, load(y + i) * a);
@@ -238,11 +232,6 @@ void scale_rows(Rows<const Real> rows, const Real* factors, int64_t count, int64
   for (int64_t r = 0; r < count; ++r)
     for (int64_t i = 0; i < n; i += kLanes<Real>)
       store(tile + r * n + i, load(rows[r] + i) * factors[r]);
-}
-
-template <class Real>
-FASTATTN_INLINE void add_to_row(Real* y, Real a, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<Real>) store(y + i, load(y + i) + a);
 }
 
 template <class Real>

@@ -107,37 +107,57 @@ struct Bf16Tiles {
   using Accumulator = float;
   using Registers = TileRegisters;
   static constexpr bool in_tiles = true;
-  static constexpr int64_t tile_rows = 64, lower_rows = 2 * kTile, score_rows = 2 * kTile;
+  static constexpr int64_t tile_rows = 64, chunk_rows = 64, score_rows = 2 * kTile;
   static FASTATTN_INLINE Vector<float> exp(Vector<float> x) { return exp_for_bf16(x); }
 
-  // What `matmul` is here. An A whose rows are columns in memory is turned, two tiles of rows at a
-  // time; its K is at most a tile of tokens.
-  template <bool Accumulate, class Between, class Finish>
+  // What `matmul` is here, two tiles of rows at a time.
+  template <bool Accumulate, class Between, class Finish, class More>
   static void multiply(int64_t M, int64_t N, int64_t K, const uint32_t* A, int64_t row_stride,
                        int64_t k_stride, const uint32_t* B, int64_t ldb, float* C, int64_t ldc,
-                       Between& between, const Finish& finish) {
+                       Between& between, const Finish& finish, const More& more) {
+    // Sums that are added to the result: tiles are stored whole, so they pass through here.
+    constexpr int64_t most_columns = Finish::reads_result ? 256 : kTile;
+    alignas(64) float sums[2 * kTile * most_columns];
+    for (int64_t i = 0; i < M; i += 2 * kTile) {
+      const int64_t rows = std::min(2 * kTile, M - i);
+      float* out = C + i * ldc;
+      float* to = Finish::reads_result ? sums : out;
+      const int64_t ld = Finish::reads_result ? N : ldc;
+      add_panel<Accumulate>(rows, N, K, A + i * row_stride, row_stride, k_stride, B, ldb, to, ld,
+                            between);
+      if constexpr (!More::is_nothing) {
+        const int64_t k = more.first(i);
+        add_panel<true>(rows, N, more.count(i, rows),
+                        more.A + i * more.row_stride + k * more.k_stride, more.row_stride,
+                        more.k_stride, more.B + k * more.ldb, more.ldb, to, ld, between);
+      }
+      if constexpr (!std::is_same_v<Finish, AsItIs>)
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t j = 0; j < N; j += kTile)
+            store(out + r * ldc + j, finish(i + r, j, load(to + r * ld + j)));
+    }
+  }
+
+ private:
+  // Up to two tiles of rows. An A whose rows are columns in memory is turned; its K is at most a tile
+  // of tokens.
+  template <bool Accumulate, class Between>
+  static void add_panel(int64_t rows, int64_t N, int64_t K, const uint32_t* A, int64_t row_stride,
+                        int64_t k_stride, const uint32_t* B, int64_t ldb, float* C, int64_t ldc,
+                        Between& between) {
     constexpr int64_t most = tile_rows / 2;
     alignas(64) uint32_t turned[2 * kTile * most];
-    for (int64_t i = 0; i < M; i += 2 * kTile) {
-      const uint32_t* rows = A + i * row_stride;
-      int64_t lda = row_stride;
-      const bool two = M - i > kTile;
-      if (k_stride != 1) {
-        const int64_t whole = (K + kTile - 1) / kTile * kTile;
-        transpose<float>(whole, two ? 2 * kTile : kTile, rows, k_stride, turned, most);
-        rows = turned;
-        lda = most;
-      }
-      float* out = C + i * ldc;
-      if (two)
-        tile_panel<2, Accumulate>(N, K, rows, lda, B, ldb, out, ldc, between);
-      else
-        tile_panel<1, Accumulate>(N, K, rows, lda, B, ldb, out, ldc, between);
-      if constexpr (!std::is_same_v<Finish, AsItIs>)
-        for (int64_t r = 0; r < 2 * kTile && i + r < M; ++r)
-          for (int64_t j = 0; j < N; j += kTile)
-            store(out + r * ldc + j, finish(i + r, load(out + r * ldc + j)));
+    const bool two = rows > kTile;
+    if (k_stride != 1) {
+      const int64_t whole = (K + kTile - 1) / kTile * kTile;
+      transpose<float>(whole, two ? 2 * kTile : kTile, A, k_stride, turned, most);
+      A = turned;
+      row_stride = most;
     }
+    if (two)
+      tile_panel<2, Accumulate>(N, K, A, row_stride, B, ldb, C, ldc, between);
+    else
+      tile_panel<1, Accumulate>(N, K, A, row_stride, B, ldb, C, ldc, between);
   }
 };
 

@@ -32,8 +32,8 @@ _native = library("_native")
 ISA_VARIABLE = "FASTATTN_CPU_ISA"
 
 _MAX_DIM = 256
-_TILE_ROWS = 48  # kTileRows and so on, in csrc/cpu/segments.h
-_SEGMENT_TOKENS, _MAX_SEGMENTS = 11 * _TILE_ROWS, 64
+_SEGMENT_UNIT = 96  # kSegmentUnit and so on, in csrc/cpu/segments.h
+_SEGMENT_TOKENS, _MAX_SEGMENTS = 6 * _SEGMENT_UNIT, 64
 
 
 def _join_torch_threads() -> None:
@@ -104,7 +104,7 @@ class CPUBackend:
         else:
             share = (M + _MAX_SEGMENTS - 1) // _MAX_SEGMENTS
             length = torch.sym_max(
-                _SEGMENT_TOKENS, (share + _TILE_ROWS - 1) // _TILE_ROWS * _TILE_ROWS
+                _SEGMENT_TOKENS, (share + _SEGMENT_UNIT - 1) // _SEGMENT_UNIT * _SEGMENT_UNIT
             )
             anchors = problem.batch * torch.sym_max((M - 1) // length, 0)
         # Two elements too many: a size that may be 0 or 1 is one that torch.export specialises on.

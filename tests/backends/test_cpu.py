@@ -9,7 +9,7 @@ from fastattn import backends
 from fastattn.backends import cpu
 from fastattn.ops.problem import Problem
 
-LENGTHS = (1, 47, 528, 529, 4096, 33_791, 33_792, 33_793, 100_000, 1_000_000)
+LENGTHS = (1, 95, 576, 577, 4096, 36_863, 36_864, 36_865, 100_000, 1_000_000)
 
 
 @pytest.mark.parametrize("packed", [None, 3], ids=["batch", "packed"])
