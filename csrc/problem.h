@@ -11,7 +11,8 @@ enum class DType : int32_t { f32, bf16, f16, f64 };
 
 enum class FeatureMap : int32_t { elu, relu, identity, exp, softmax, cosine, efficient };
 
-enum class Form : int32_t { chunked, recurrent };
+// automatic: each sequence as suits its length, where a kernel can tell them apart.
+enum class Form : int32_t { automatic, chunked, recurrent };
 
 // Sizes, types and switches of a call; no addresses. Names follow the Python Problem.
 struct Problem {
@@ -25,7 +26,7 @@ struct Problem {
   int64_t num_sequences = 0;  // packed sequences; 0: the batch is not packed
   DType dtype = DType::f32;
   FeatureMap feature_map = FeatureMap::elu;
-  Form form = Form::chunked;
+  Form form = Form::automatic;
   bool is_causal = false;
   bool normalize = true;
   bool return_state = false;

@@ -16,7 +16,7 @@ namespace py = pybind11;
 // numbers of a call, the functions of a module, the constants by which both compute sizes (tokens of
 // a segment). A change of any of them raises this number, here and in fastattn/backends/native.py, so
 // that a library that was built before it is refused.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 // Why the CUDA kernels were not built along; from setup.py.
 #if !defined(FASTATTN_CUDA_NOTE)
@@ -45,7 +45,8 @@ inline Problem make_problem(int64_t batch, int64_t num_heads, int64_t num_kv_hea
       {"identity", FeatureMap::identity}, {"features", FeatureMap::identity},
       {"exp", FeatureMap::exp},           {"softmax", FeatureMap::softmax},
       {"cosine", FeatureMap::cosine},     {"efficient", FeatureMap::efficient}};
-  static const std::map<std::string, Form> forms{{"chunked", Form::chunked},
+  static const std::map<std::string, Form> forms{{"auto", Form::automatic},
+                                                 {"chunked", Form::chunked},
                                                  {"recurrent", Form::recurrent}};
   Problem p;
   p.batch = batch;

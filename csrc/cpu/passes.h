@@ -11,14 +11,21 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
+// Up to so many tokens, one after another beats a chunk's set-up.
+constexpr int64_t kRecurrentTokens = 4;
+
 template <class Real, class Arith = Plain<Real>>
 void forward_as(const Problem& problem, const Arguments& args, std::vector<Sequence> sequences) {
   if (!problem.is_causal)
-    NonCausal<Real, Arith>(problem, args, std::move(sequences)).forward();
-  else if (problem.form == Form::recurrent)
-    Recurrent<Real>(problem, args, std::move(sequences)).forward();
-  else
-    Causal<Real, Arith>(problem, args, std::move(sequences)).forward();
+    return NonCausal<Real, Arith>(problem, args, std::move(sequences)).forward();
+  // Each sequence by itself: what is packed with it must not change its bits.
+  std::vector<Sequence> in_chunks, one_by_one;
+  for (const Sequence& s : sequences) {
+    const bool is_short = problem.form == Form::automatic && s.keys.tokens <= kRecurrentTokens;
+    (is_short || problem.form == Form::recurrent ? one_by_one : in_chunks).push_back(s);
+  }
+  if (!in_chunks.empty()) Causal<Real, Arith>(problem, args, std::move(in_chunks)).forward();
+  if (!one_by_one.empty()) Recurrent<Real>(problem, args, std::move(one_by_one)).forward();
 }
 
 template <class Real, class Arith = Plain<Real>>

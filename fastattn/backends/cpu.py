@@ -60,7 +60,7 @@ def _select_isa() -> None:
 
 @lru_cache(maxsize=1024)
 def _native_problem(problem: Problem) -> Any:
-    return native_problem(_native, problem)
+    return native_problem(_native, problem, problem.form)
 
 
 class CPUBackend:

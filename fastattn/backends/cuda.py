@@ -6,7 +6,7 @@ nothing is waited for, so calls can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,7 +38,9 @@ class CUDABackend:
 
     def __init__(self) -> None:
         self._library = self._load()
-        self._native_problem = lru_cache(maxsize=1024)(partial(native_problem, self._library))
+        self._native_problem = lru_cache(maxsize=1024)(
+            lambda problem: native_problem(self._library, problem, form_of(problem))
+        )
         self._workspace_size = lru_cache(maxsize=4096)(self._library.workspace_size)
         self._limits = lru_cache(maxsize=None)(self._library.limits)
 

@@ -16,7 +16,7 @@ from fastattn.backends import Inputs, Refused
 from fastattn.ops.problem import Problem
 
 # kInterface of csrc/python.h: raised with it, whenever what passes between the two sides changes.
-INTERFACE = 3
+INTERFACE = 4
 
 DTYPES = {
     torch.float32: "float32",
@@ -48,8 +48,8 @@ def form_of(problem: Problem) -> str:
     return "recurrent" if problem.is_causal and few_tokens else "chunked"
 
 
-def native_problem(library: Any, problem: Problem) -> Any:
-    """The library's own Problem."""
+def native_problem(library: Any, problem: Problem, form: str) -> Any:
+    """The library's own Problem, in that form; "auto": each sequence as suits its length."""
     return library.Problem(
         batch=problem.batch,
         num_heads=problem.num_heads,
@@ -61,7 +61,7 @@ def native_problem(library: Any, problem: Problem) -> Any:
         num_sequences=problem.num_sequences or 0,
         dtype=DTYPES[problem.dtype],
         feature_map=problem.feature_map,
-        form=form_of(problem),
+        form=form,
         is_causal=problem.is_causal,
         normalize=problem.normalize,
         return_state=problem.return_state,

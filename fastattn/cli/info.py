@@ -47,6 +47,7 @@ def info(
     if kernels:
         _print_kernels(as_json)
         return
+    _load_cpu()
     report = collect()
     console = Console()
     if as_json:
@@ -55,6 +56,16 @@ def info(
     console.print(_versions(report))
     console.print(_backends(report))
     console.print(_calls(report))
+
+
+def _load_cpu() -> None:
+    """The environment may name an instruction set that this machine has not: said in one line."""
+    from fastattn import backends
+
+    try:
+        backends.load("cpu")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def collect() -> dict[str, Any]:

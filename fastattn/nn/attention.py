@@ -35,7 +35,8 @@ class LinearAttention(nn.Module):
         dropout: there are no attention weights to drop: a warning says so once.
         add_bias_kv, add_zero_attn: must be False.
         is_causal: token i sees tokens 0..i.
-        feature_map: the name of a fused map (``fastattn.feature_maps.names()``) or of one with
+        feature_map: the name of a fused map (``fastattn.feature_maps.names()``; "features", for
+            tensors that are features already, with ``normalize=False`` only) or of one with
             parameters or randomness ("hedgehog", "t2r", "performer", "cosformer"), or a module that
             maps (B, heads, tokens, D) to non-negative features and serves queries and keys.
         num_kv_heads: fewer heads for keys and values (grouped heads); divides ``num_heads``.
@@ -90,6 +91,7 @@ class LinearAttention(nn.Module):
         for name, given in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if given:
                 raise NotImplementedError(f"LinearAttention has no {name}: it must be False")
+        embed_dim, num_heads, num_kv_heads = map(int, (embed_dim, num_heads, num_kv_heads))
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads
         self.kdim = embed_dim if kdim is None else kdim
@@ -145,7 +147,8 @@ class LinearAttention(nn.Module):
                     f"got {feature_map!r}"
                 )
             phi = feature_maps.get(feature_map)
-            if self.normalize and not phi.is_nonnegative:
+            # Projections have both signs, so they can't be features as they are.
+            if self.normalize and (feature_map == "features" or not phi.is_nonnegative):
                 raise ValueError(f"feature_map={feature_map!r} needs normalize=False")
             if self.is_causal and not phi.is_separable:
                 raise ValueError(f"feature_map={feature_map!r} has no causal form")

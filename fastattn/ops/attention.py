@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 from fastattn.ops import check, feature_maps
 from fastattn.ops.library import (
     TransformedForward,
+    autocast,
+    below_autocast,
     below_autograd,
     forward_op,
     is_transformed,
@@ -144,11 +146,13 @@ def linear_attention(
     )
     if is_transformed():
         out, S, z, _ = TransformedForward.apply(*arguments)  # type: ignore[no-untyped-call]
-    elif arguments[NEEDS_GRAD] or torch.compiler.is_compiling():
-        out, S, z, _ = forward_op(*arguments)
     else:
-        with below_autograd():
-            out, S, z, _ = forward_op(*arguments)
+        op = below_autocast(forward_op, arguments[0])
+        if arguments[NEEDS_GRAD] or torch.compiler.is_compiling():
+            out, S, z, _ = op(*arguments)
+        else:
+            with below_autograd():
+                out, S, z, _ = op(*arguments)
     return (out, LinearAttentionState(S, z)) if return_state else out
 
 
@@ -189,7 +193,7 @@ def op_arguments(
     S = z = None
     if initial_state is not None:
         sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        _check_state("initial_state", initial_state, sequences, key, value, phi)
+        check.check_state("initial_state", initial_state, sequences, key, value, phi)
         S, z = initial_state
         needs_grad |= torch.is_grad_enabled() and (S.requires_grad or z.requires_grad)
     _check_forward_mode(query, key, value, S, z)
@@ -264,7 +268,7 @@ def linear_attention_step(
             "torch.no_grad(), or linear_attention(..., initial_state=state, return_state=True)"
         )
     _check_forward_mode(query, key, value, S, z)
-    out = step_op(
+    out: Tensor = below_autocast(step_op, query)(
         query, key, value, key_mask, S, z, phi, normalize, float(scale), float(eps), backend
     )
     if not torch.compiler.is_compiling() and not S.is_inference():
@@ -296,9 +300,8 @@ def _check_step(
         raise ValueError(f"feature_map={phi!r} has no running state, so it cannot step")
     if key_mask is not None:
         check.check_key_mask(key_mask, key)
-    _check_state("state", state, query.shape[0], key, value, phi)
-    if not (state[0].is_contiguous() and state[1].is_contiguous()):
-        raise ValueError("state must be contiguous, because it is updated in place")
+    check.check_state("state", state, query.shape[0], key, value, phi)
+    check.check_contiguous(*state)
 
 
 _checked_steps: set[tuple[Any, ...]] = set()
@@ -344,7 +347,7 @@ def _prepare(
     key: Tensor,
     value: Tensor,
     feature_map: FeatureMapArgument,
-    scale: float | None,
+    scale: Any,
 ) -> tuple[Tensor, Tensor, Tensor, str, float]:
     """Applies a map that is a module or function, and autocast; gives the fused map's name."""
     if scale is None:
@@ -357,9 +360,11 @@ def _prepare(
         check.check_number("scale", scale)
         query, key = feature_map(query if scale == 1 else query * scale), feature_map(key)
         feature_map, scale = "features", 1.0
+    if isinstance(scale, torch.SymFloat):  # of a length that is traced; an op's numbers are fixed
+        query, scale = query * scale, 1.0  # type: ignore[operator]
     is_real = isinstance(value, Tensor) and not value.is_meta
     if is_real and torch.is_autocast_enabled(value.device.type):
-        query, key, value = (_autocast(x) for x in (query, key, value))
+        query, key, value = (autocast(x) for x in (query, key, value))
     return query, key, value, feature_map, scale
 
 
@@ -369,18 +374,3 @@ def _check_forward_mode(*tensors: Tensor | None) -> None:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         refuse_forward_mode()
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """The cast that autocast gives the arguments of ``scaled_dot_product_attention``."""
-    eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(x.device.type)) if eligible else x
-
-
-def _check_state(
-    name: str, state: StateArgument, sequences: int, key: Tensor, value: Tensor, phi: str
-) -> None:
-    features = feature_maps.get(phi).num_features(key.shape[3])
-    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-    shape = (sequences, key.shape[1], features, value.shape[3])
-    check.check_state(name, state, shape, dtype, key.device)

@@ -7,8 +7,9 @@ contents, so nothing waits for a GPU; offsets that live on the CPU are read by `
 from __future__ import annotations
 
 import itertools
-import math
+import sys
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fastattn.ops import feature_maps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_DIM = 256
+_NUMBER: Any = Real  # also those of NumPy
 LEAST_EPS = 1e-30  # its inverse times a number is one in float32
 FORMS = ("auto", "chunked", "recurrent")
 
@@ -31,9 +33,9 @@ def check_tensors(query: Any, key: Any, value: Any, enable_gqa: bool) -> None:
         ("value", value, "(B, Hk, M, Dv)"),
     ):
         check_tensor(name, x)
-        if x.layout is not torch.strided:
+        if x.is_nested or x.layout is not torch.strided:
             raise TypeError(
-                f"{name} must be a dense tensor; got layout {x.layout} (for sequences of different "
+                f"{name} must be a dense tensor; got {_layout(x)} (for sequences of different "
                 "lengths pass key_mask, or pack them and pass cu_seqlens)"
             )
         if x.dim() != 4:
@@ -85,6 +87,10 @@ def check_options(
         )
     check_number("scale", scale)
     check_eps(eps)
+    check_backend(backend)
+
+
+def check_backend(backend: Any) -> None:
     if backend != "auto" and backend not in backends.names():
         raise ValueError(
             f"backend must be 'auto' or one of {', '.join(map(repr, backends.names()))}; "
@@ -193,9 +199,12 @@ def check_offsets(name: str, offsets: Sequence[int], tokens: int) -> None:
 
 
 def check_state(
-    name: str, state: Any, S_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    name: str, state: Any, sequences: int, key: Tensor, value: Tensor, feature_map: str
 ) -> None:
-    """A state (S, z) for a call whose S has that shape (Bs, Hk, F, Dv)."""
+    """A state (S, z) for so many sequences, (Bs, Hk, F, Dv) and (Bs, Hk, F)."""
+    features = feature_maps.get(feature_map).num_features(key.shape[3])
+    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+    S_shape = (sequences, key.shape[1], features, value.shape[3])
     if not isinstance(state, tuple) or len(state) != 2:
         raise TypeError(f"{name} must be a LinearAttentionState (S, z); got {_kind(state)}")
     for part, x, shape, letters in (
@@ -210,8 +219,15 @@ def check_state(
             )
         if x.dim() != len(shape) or x.shape != shape:
             raise ValueError(f"{name}.{part} must have shape {letters} = {shape}; got {_shape(x)}")
-        if x.device != device:
-            raise ValueError(f"{name}.{part} must be on query's device, {device}; got {x.device}")
+        if x.device != key.device:
+            raise ValueError(
+                f"{name}.{part} must be on query's device, {key.device}; got {x.device}"
+            )
+
+
+def check_contiguous(S: Tensor, z: Tensor) -> None:
+    if not (S.is_contiguous() and z.is_contiguous()):
+        raise ValueError("state must be contiguous, because it is updated in place")
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -231,14 +247,19 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, _NUMBER):
         raise TypeError(f"{name} must be a number; got {_kind(value)}")
-    if not -math.inf < value < math.inf:  # torch.compile can trace this, not math.isfinite
+    # torch.compile can trace this, not math.isfinite. (An int may be larger than every float.)
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite; got {value}")
 
 
 def _kind(x: Any) -> str:
     return "None" if x is None else type(x).__name__
+
+
+def _layout(x: Tensor) -> str:
+    return "a nested tensor" if x.is_nested else f"layout {x.layout}"
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

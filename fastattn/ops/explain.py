@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from fastattn import backends
 from fastattn.backends import rules
 from fastattn.ops.attention import op_arguments
-from fastattn.ops.library import problem_of, split_arguments
+from fastattn.ops.check import check_backend
+from fastattn.ops.pose import check_contents, problem_of, split_arguments
 from fastattn.ops.problem import Problem
 
 
@@ -51,13 +53,20 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     that can't compute it: that is an answer here.
     """
     if args and isinstance(args[0], Problem):
-        return _explain(args[0], **kwargs)
-    arguments = op_arguments(*args, **kwargs)
-    inputs, options, backend = split_arguments(arguments)
-    return _explain(problem_of(inputs, *options), backend)
+        return _explain(*args, **kwargs)
+    try:
+        call = inspect.signature(op_arguments).bind(*args, **kwargs)
+    except TypeError as error:
+        message = f"explain takes what linear_attention takes, or a Problem: {error}"
+        raise TypeError(message) from None
+    inputs, options, backend = split_arguments(op_arguments(*call.args, **call.kwargs))
+    problem = problem_of(inputs, *options)
+    check_contents(problem, inputs)
+    return _explain(problem, backend)
 
 
 def _explain(problem: Problem, backend: str = "auto") -> Explanation:
+    check_backend(backend)
     candidates = []
     for name in backends.names():
         reason = backends.why_not(name, problem)

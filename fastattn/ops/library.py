@@ -12,7 +12,6 @@ An op can't return None, so an absent state or gradient is an empty tensor betwe
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -20,8 +19,13 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.backends import Inputs, new_out
-from fastattn.ops.check import check_offsets
-from fastattn.ops.problem import Problem
+from fastattn.ops.pose import (
+    NUM_INPUTS,
+    check_contents,
+    problem_of,
+    split_arguments,
+    step_plan,
+)
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? cu_seqlens, "
@@ -31,8 +35,7 @@ _OPTIONS = (
     "str feature_map, bool is_causal, bool normalize, float scale, float eps, str form, "
     "bool return_state, bool needs_grad, str backend"
 )
-_NUM_INPUTS = len(Inputs._fields)
-_RETURN_STATE = -3  # its place among the arguments
+_RETURN_STATE, _NEEDS_GRAD = -3, -2  # their places among the arguments
 
 library = torch.library.Library("fastattn", "DEF")
 library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor S, Tensor z, Tensor saved)")
@@ -54,98 +57,48 @@ step_op = torch.ops.fastattn.step.default
 # Calls inside go straight to the kernels; torch.library uses the same guard. With nothing to
 # differentiate it also saves an eager call the walk through the autograd kernel.
 below_autograd = torch._C._AutoDispatchBelowAutograd
+_without = torch._C._ExcludeDispatchKeyGuard
+_autocasts = torch.is_autocast_enabled
+_AUTOCAST = {
+    device_type: torch._C.DispatchKeySet(
+        getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
+    )
+    for device_type in ("cpu", "cuda", "xpu")
+}
 is_transformed = torch._C._are_functorch_transforms_active  # by torch.func or torch.vmap
 
 
-# --- the problem ------------------------------------------------------------------------------
+# --- autocast ---------------------------------------------------------------------------------
 
 
-def problem_of(
-    inputs: Inputs,
-    feature_map: str,
-    is_causal: bool,
-    normalize: bool,
-    scale: float,
-    eps: float,
-    form: str,
-    return_state: bool,
-    needs_grad: bool,
-) -> Problem:
-    """The Problem that these (checked) arguments pose."""
-    query = inputs.query
-    arguments = (
-        *(query.shape, inputs.key.shape, inputs.value.shape[3], query.dtype, query.device),
-        *(feature_map, is_causal, normalize, scale, eps, form, inputs.key_mask is not None),
-        None if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1,
-        *(inputs.initial_S is not None, return_state, needs_grad),
-    )
-    try:
-        return _problem(*arguments)
-    except TypeError:  # sizes that torch.compile traces as symbols have no hash
-        return _problem.__wrapped__(*arguments)
+def autocast(x: Tensor) -> Tensor:
+    """The cast that autocast gives the arguments of ``scaled_dot_product_attention``."""
+    eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if eligible else x
 
 
-@lru_cache(maxsize=4096)
-def _problem(
-    query_shape: torch.Size,
-    key_shape: torch.Size,
-    value_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    feature_map: str,
-    is_causal: bool,
-    normalize: bool,
-    scale: float,
-    eps: float,
-    form: str,
-    has_key_mask: bool,
-    num_sequences: int | None,
-    has_initial_state: bool,
-    return_state: bool,
-    needs_grad: bool,
-) -> Problem:
-    batch, num_heads, query_length, head_dim = query_shape
-    return Problem(
-        batch=batch,
-        num_heads=num_heads,
-        num_kv_heads=key_shape[1],
-        query_length=query_length,
-        key_length=key_shape[2],
-        head_dim=head_dim,
-        value_dim=value_dim,
-        dtype=dtype,
-        device_type=device.type,
-        device_index=device.index,
-        feature_map=feature_map,
-        is_causal=is_causal,
-        normalize=normalize,
-        scale=scale,
-        eps=eps,
-        form=form,
-        has_key_mask=has_key_mask,
-        num_sequences=num_sequences,
-        has_initial_state=has_initial_state,
-        return_state=return_state,
-        needs_grad=needs_grad,
-    )
+def below_autocast(op: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """``op`` for tensors like ``x`` that have been cast: not again, which costs 10 us."""
+    keys = _AUTOCAST.get(x.device.type)
+    if keys is None or torch.compiler.is_compiling() or not _autocasts(x.device.type):
+        return op
+
+    def call(*args: Any) -> Any:
+        with _without(keys):
+            return op(*args)
+
+    return call
 
 
-def _check_contents(problem: Problem, inputs: Inputs) -> None:
-    """Reads cu_seqlens where that costs nothing; on a GPU it would stop the stream."""
-    cu_seqlens, cu_seqlens_k = inputs.cu_seqlens, inputs.cu_seqlens_k
-    if cu_seqlens is None or cu_seqlens_k is None or cu_seqlens.device.type != "cpu":
-        return
-    offsets = cu_seqlens.tolist()
-    check_offsets("cu_seqlens", offsets, problem.query_length)
-    if cu_seqlens_k is cu_seqlens:
-        return
-    offsets_k = cu_seqlens_k.tolist()
-    check_offsets("cu_seqlens_k", offsets_k, problem.key_length)
-    if problem.is_causal and offsets_k != offsets:
-        raise ValueError(
-            "is_causal=True needs as many queries as keys in every sequence, so cu_seqlens_k must "
-            f"equal cu_seqlens, {offsets}; got {offsets_k}"
-        )
+def _under_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
+    """``op`` on query, key and value that it casts: a graph that was traced without autocast calls
+    it so. States are not cast."""
+
+    def cast_and_call(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
+        with _without(_AUTOCAST[query.device.type]):
+            return op(autocast(query), autocast(key), autocast(value), *rest)
+
+    return cast_and_call
 
 
 # --- forward ----------------------------------------------------------------------------------
@@ -155,7 +108,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs, options, backend = split_arguments(args)
     problem = problem_of(inputs, *options)
     if inputs.cu_seqlens is not None:
-        _check_contents(problem, inputs)
+        check_contents(problem, inputs)
     out, S, z, saved = backends.choose(problem, backend).forward(problem, inputs)
     if S is None or z is None:
         S, z = _nothing(saved), _nothing(saved)
@@ -180,6 +133,8 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # A graph traced without gradients says that none are needed, and is trained all the same.
+        args = (*args[:_NEEDS_GRAD], True, *args[_NEEDS_GRAD + 1 :])
         with below_autograd():
             outputs = forward_op(*args)
         _keep_for_backward(ctx, args, outputs)
@@ -216,8 +171,8 @@ class TransformedForward(torch.autograd.Function):
 
 def _keep_for_backward(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     out, S, z, saved = outputs
-    ctx.save_for_backward(saved, *args[:_NUM_INPUTS])
-    ctx.options = args[_NUM_INPUTS:]
+    ctx.save_for_backward(saved, *args[:NUM_INPUTS])
+    ctx.options = args[NUM_INPUTS:]
     ctx.shapes = out.shape, S.shape, z.shape
     return_state = args[_RETURN_STATE]
     ctx.mark_non_differentiable(*([saved] if return_state else [saved, S, z]))
@@ -245,7 +200,7 @@ def _gradients(
 
 
 def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _needs_grad(*args[:_NUM_INPUTS]):
+    if _needs_grad(*args[:NUM_INPUTS]):
         return _Forward.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
     with below_autograd():
         return forward_op(*args)
@@ -260,6 +215,12 @@ def _backward(
     inputs, options, backend = split_arguments(args)
     problem = problem_of(inputs, *options)
     chosen = backends.choose(problem, backend)
+    expected = chosen.saved_size(problem)
+    if saved.numel() != expected:
+        raise ValueError(
+            f"saved must be what fastattn::forward gave for this problem with needs_grad=True, "
+            f"{expected} numbers; got {saved.numel()}"
+        )
     gradients = chosen.backward(problem, inputs, saved, grad_out, grad_S, grad_z)
     return tuple(_nothing(saved) if gradient is None else gradient for gradient in gradients)
 
@@ -302,7 +263,7 @@ class _Backward(torch.autograd.Function):
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
-    if _needs_grad(*args[: 4 + _NUM_INPUTS]):
+    if _needs_grad(*args[: 4 + NUM_INPUTS]):
         return _Backward.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
     with below_autograd():
         return backward_op(*args)
@@ -324,33 +285,9 @@ def _step(
     eps: float,
     backend: str,
 ) -> Tensor:
-    problem, chosen = _step_plan(
-        *(query.shape, key.shape, value.shape[3], query.dtype, query.device),
-        *(feature_map, normalize, scale, eps, key_mask is not None, backend),
-    )
-    return chosen.step(problem, Inputs(query, key, value, key_mask, None, None, S, z))
-
-
-@lru_cache(maxsize=4096)
-def _step_plan(
-    query_shape: torch.Size,
-    key_shape: torch.Size,
-    value_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    feature_map: str,
-    normalize: bool,
-    scale: float,
-    eps: float,
-    has_key_mask: bool,
-    backend: str,
-) -> tuple[Problem, backends.Backend]:
-    """One look-up in place of two: decoding is where a microsecond counts."""
-    problem = _problem(
-        *(query_shape, key_shape, value_dim, dtype, device, feature_map, True),
-        *(normalize, scale, eps, "auto", has_key_mask, None, True, False, False),
-    )
-    return problem, backends.choose(problem, backend)
+    inputs = Inputs(query, key, value, key_mask, None, None, S, z)
+    problem, chosen = step_plan(inputs, feature_map, normalize, scale, eps, backend)
+    return chosen.step(problem, inputs)
 
 
 def _step_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
@@ -363,11 +300,6 @@ def refuse_forward_mode() -> NoReturn:
         "linear attention has no derivatives in forward mode (torch.func.jvp, jacfwd, hessian, "
         "torch.autograd.forward_ad); take reverse mode: torch.func.vjp, jacrev, backward()"
     )
-
-
-def split_arguments(args: tuple[Any, ...]) -> tuple[Inputs, tuple[Any, ...], str]:
-    """An op's arguments as (inputs, the options that problem_of takes, the backend's name)."""
-    return Inputs(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:-1], args[-1]
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -383,6 +315,9 @@ library.impl("backward", _backward, "CompositeExplicitAutograd")
 library.impl("step", _step, "CompositeExplicitAutograd")
 library.impl("forward", _forward_autograd, "Autograd")
 library.impl("backward", _backward_autograd, "Autograd")
+for _type in _AUTOCAST:
+    library.impl("forward", _under_autocast(forward_op), f"Autocast{_type.upper()}")
+    library.impl("step", _under_autocast(step_op), f"Autocast{_type.upper()}")
 torch.library.register_fake("fastattn::forward", _forward_fake, lib=library)
 torch.library.register_fake("fastattn::backward", _backward_fake, lib=library)
 torch.library.register_fake("fastattn::step", _step_fake, lib=library)

@@ -6,12 +6,14 @@ and, later, ranks combine, so the state is a type with a name and its merge is `
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastattn.ops import feature_maps
+
+_NO_PRODUCT = "a LinearAttentionState can't be multiplied; its S and z can"
 
 
 class LinearAttentionState(NamedTuple):
@@ -47,10 +49,30 @@ class LinearAttentionState(NamedTuple):
         )
 
     def __add__(self, other: object) -> LinearAttentionState:
-        """The state of two stretches of sequence read one after the other (in any order)."""
+        """The state of two stretches of sequence read one after the other (in any order).
+
+        Raises ValueError for states of other shapes or types, TypeError for what is no state.
+        """
         if not isinstance(other, LinearAttentionState):
             return NotImplemented
+        for name, mine, its in zip(("S", "z"), self, other, strict=True):
+            if (mine.shape, mine.dtype) != (its.shape, its.dtype):
+                raise ValueError(
+                    f"states that are added must have the same shapes and types; got {name} "
+                    f"{tuple(mine.shape)}, {mine.dtype} and {tuple(its.shape)}, {its.dtype}"
+                )
         return LinearAttentionState(self.S + other.S, self.z + other.z)
+
+    # A tuple would be joined to one, or repeated.
+    def __radd__(self, other: object) -> NoReturn:
+        kind = type(other).__name__
+        raise TypeError(f"only a LinearAttentionState can be added to one; got {kind}")
+
+    def __mul__(self, other: object) -> NoReturn:
+        raise TypeError(_NO_PRODUCT)
+
+    def __rmul__(self, other: object) -> NoReturn:
+        raise TypeError(_NO_PRODUCT)
 
     def clone(self) -> LinearAttentionState:
         """A copy: ``linear_attention_step`` updates states in place."""
@@ -63,3 +85,6 @@ class LinearAttentionState(NamedTuple):
     def to(self, device: torch.device | str) -> LinearAttentionState:
         """The state on another device."""
         return LinearAttentionState(self.S.to(device), self.z.to(device))
+
+
+torch.serialization.add_safe_globals([LinearAttentionState])  # so that torch.load reads saved ones

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from fastattn.backends import gpu
 from fastattn.backends.cuda import CUDABackend
 from fastattn.ops.attention import op_arguments
-from fastattn.ops.library import problem_of, split_arguments
+from fastattn.ops.pose import problem_of, split_arguments
 
 CAPABILITIES = {None: (9, 0), 0: (9, 0), 1: (7, 5)}
 

@@ -61,6 +61,16 @@ def test_info_json() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_info_says_what_is_wrong_with_the_instruction_set() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastattn.cli", "info"],
+        env={**os.environ, "FASTATTN_CPU_ISA": "mmx"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "FASTATTN_CPU_ISA must be one of" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
 def test_info_calls_no_gpu_backend_usable_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Built or installed is not enough."""
     from fastattn import backends

@@ -14,7 +14,7 @@ import torch
 
 from fastattn.backends import Inputs
 from fastattn.ops.attention import op_arguments
-from fastattn.ops.library import problem_of, split_arguments
+from fastattn.ops.pose import problem_of, split_arguments
 from tests.emulation import build
 from tests.emulation.backend import EmulatedBackend
 from tests.ops.problems import Case, arguments, draw, error, truth

@@ -11,7 +11,7 @@ import torch
 from fastattn import backends, linear_attention
 from fastattn.backends import cuda
 from fastattn.ops.attention import op_arguments
-from fastattn.ops.library import problem_of, split_arguments
+from fastattn.ops.pose import problem_of, split_arguments
 from tests.emulation import build
 from tests.emulation.backend import EmulatedBackend
 from tests.ops import plain

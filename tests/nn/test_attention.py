@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -170,6 +171,7 @@ def test_what_cannot_be_honoured_raises() -> None:
         ((E, H), {"num_kv_heads": 3}, "num_kv_heads must divide num_heads=4; got 3"),
         ((E, H), {"feature_map": "magic"}, "feature_map must be a module or one of 'elu'"),
         ((E, H), {"feature_map": "identity"}, "needs normalize=False"),
+        ((E, H), {"feature_map": "features"}, "needs normalize=False"),
         ((E, H), {"feature_map": "efficient", "is_causal": True}, "has no causal form"),
         ((E, H), {"feature_map": "cosformer"}, "needs max_length"),
         ((E, H), {"max_length": 7}, "max_length is for feature_map='cosformer'"),
@@ -388,3 +390,9 @@ def test_survives_copy_and_pickle(tmp_path) -> None:
         assert torch.equal(other(x, x, x)[0], module(x, x, x)[0])
     assert "(query_feature_map): Hedgehog()" in repr(module)
     assert "feature_map='" not in repr(module) and "num_kv_heads=2" in repr(module)
+
+
+def test_integers_of_numpy() -> None:
+    module, x = LinearAttention(np.int64(E), np.int32(H)), torch.randn(B, N, E)
+    assert module(x, x, x)[0].shape == x.shape
+    assert type(module.num_heads) is int

@@ -99,6 +99,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale": "1"}, TypeError, "scale must be a number; got str"),
     ({"scale": torch.ones(1)}, TypeError, "scale must be a number; got Tensor"),
     ({"scale": float("nan")}, ValueError, "scale must be finite; got nan"),
+    ({"scale": 10**400}, ValueError, "scale must be finite; got 1000"),
     ({"scale": float("inf")}, ValueError, "scale must be finite; got inf"),
     ({"key_mask": [True]}, TypeError, "key_mask must be a bool tensor of shape (B, M); got list"),
     (

@@ -54,6 +54,15 @@ def test_refuses_what_the_call_refuses() -> None:
     x = torch.randn(1, 2, 30, 8)
     with pytest.raises(ValueError, match="eps must be at least 1e-30"):
         explain(x, x, x, eps=-1)
+    with pytest.raises(
+        ValueError, match="cu_seqlens must start at 0 and end at .* 30; got 0 and 99"
+    ):
+        explain(x[:1], x[:1], x[:1], cu_seqlens=torch.tensor([0, 99], dtype=torch.int32))
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of .*; got 'fpga'"):
+        explain(explain(x, x, x).problem, backend="fpga")
+    for wrong in (lambda: explain(), lambda: explain(x, x, x, foo=1)):
+        with pytest.raises(TypeError, match="explain takes what linear_attention takes"):
+            wrong()
 
 
 def test_computes_nothing() -> None:

@@ -103,3 +103,21 @@ def test_a_row_alone_and_in_a_batch(threads: None, dtype: torch.dtype, is_causal
         alone.key_mask, alone.grads = call.key_mask[rows], {"out": call.grads["out"][rows]}
         for name, result in run(alone, "cpu").items():
             assert torch.equal(result, together[name][rows]), name
+
+
+@each_dtype
+def test_short_sequences_alone_and_packed(threads: None, dtype: torch.dtype) -> None:
+    lengths = (3, 700, 1, 0, 4, 5)
+    packed = draw(Case(1, 2, 0, 32, dtype=dtype, is_causal=True, lengths=lengths))
+    together = run(packed, "cpu")
+    begin = 0
+    for length in lengths:
+        rows = slice(begin, begin + length)
+        alone = draw(Case(1, 2, length, 32, dtype=dtype, is_causal=True))
+        alone.query, alone.key, alone.value = (
+            x[:, :, rows] for x in (packed.query, packed.key, packed.value)
+        )
+        alone.grads = {"out": packed.grads["out"][:, :, rows]}
+        for name, result in run(alone, "cpu").items():
+            assert torch.equal(result, together[name][:, :, rows]), (name, length)
+        begin += length

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -192,3 +194,25 @@ def test_state_helpers() -> None:
     assert state.to("meta").z.is_meta
     with pytest.raises(TypeError):
         state + 1
+
+
+def test_states_are_no_tuples_to_arithmetic() -> None:
+    state = LinearAttentionState.zeros(2, 3, 4, 5)
+    more_rows = LinearAttentionState.zeros(1, 3, 4, 5)
+    with pytest.raises(ValueError, match=r"same shapes and types; got S \(2, 3, 4, 5\)"):
+        state + more_rows
+    with pytest.raises(ValueError, match="float32 and .* torch.float64"):
+        state + LinearAttentionState.zeros(2, 3, 4, 5, dtype=torch.float64)
+    with pytest.raises(TypeError, match="only a LinearAttentionState can be added"):
+        tuple(state) + state
+    for product in (lambda: state * 2, lambda: 2 * state):
+        with pytest.raises(TypeError, match="can't be multiplied"):
+            product()
+
+
+def test_a_saved_state_is_loaded(tmp_path: Path) -> None:
+    state = LinearAttentionState(torch.randn(2, 3, 4, 5), torch.rand(2, 3, 4))
+    torch.save(state, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert isinstance(loaded, LinearAttentionState)
+    assert torch.equal(loaded.S, state.S) and torch.equal(loaded.z, state.z)

@@ -172,14 +172,16 @@ def test_compile_fullgraph(fresh_compiler: None, backend: str, case: Case) -> No
 class Layer(nn.Module):
     """What a user writes around the op."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_causal: bool = True) -> None:
         super().__init__()
+        self.is_causal = is_causal
         self.qkv = nn.Linear(32, 96)
         self.out = nn.Linear(32, 32)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        y = linear_attention(q, k, v, feature_map=F.softplus, key_mask=mask, is_causal=True)
+        options = {"feature_map": F.softplus, "is_causal": self.is_causal}
+        y = linear_attention(q, k, v, key_mask=mask, **options)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -267,6 +269,104 @@ def test_export_with_a_dynamic_length(fresh_compiler: None, strict: bool) -> Non
     for tokens in (3, 1500):
         x = torch.randn(2, tokens, 32)
         torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("graph", ["export", "trace"])
+def test_a_graph_of_inference_can_be_trained(
+    fresh_compiler: None, graph: str, is_causal: bool
+) -> None:
+    """It says that no gradients are needed, which was true when it was made."""
+    layer, x = Layer(is_causal=is_causal).eval(), torch.randn(1, 1200, 32)
+    with torch.no_grad():
+        if graph == "export":
+            traced = torch.export.export(layer, (x,)).module()
+        else:
+            traced = torch.jit.trace(layer, (x,))
+    gradients = {}
+    for name, model in (("own", layer), ("traced", traced)):
+        inputs = x.clone().requires_grad_()
+        model(inputs).square().sum().backward()
+        gradients[name] = inputs.grad
+    assert gradients["own"].abs().max() > 0
+    torch.testing.assert_close(gradients["traced"], gradients["own"])
+
+
+class Rotated(nn.Module):
+    """Buffers in float32 make query and key float32 where autocast makes the value bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 96)
+        self.register_buffer("cos", torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:2], 3, 4, 8)
+        query, key, value = self.project(x).view(shape).permute(2, 0, 3, 1, 4)
+        return linear_attention(query * self.cos, key * self.cos, value, is_causal=True)
+
+
+def test_a_graph_under_autocast(fresh_compiler: None) -> None:
+    module, x = Rotated(), torch.randn(2, 700, 32)
+    graph = torch.export.export(module, (x,)).module()
+    results = {}
+    for name, model in (("own", module), ("graph", graph)):
+        inputs = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(inputs)
+        out.square().sum().backward()
+        results[name] = out, inputs.grad
+    assert results["graph"][0].dtype == torch.bfloat16
+    for ours, right in zip(results["graph"], results["own"], strict=True):
+        assert torch.equal(ours, right)
+
+
+class Step(nn.Module):
+    def forward(self, x: Tensor, S: Tensor, z: Tensor) -> Tensor:
+        return linear_attention_step(x, x, x, (S, z))
+
+
+def test_a_graph_of_a_step_under_autocast(fresh_compiler: None) -> None:
+    x, state = torch.randn(2, 3, 1, 8), LinearAttentionState.zeros(2, 3, 8, 8)
+    graph = torch.export.export(Step(), (x, *state)).module()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        ours = graph(x, *state)
+        state = LinearAttentionState.zeros(2, 3, 8, 8)
+        assert torch.equal(ours, Step()(x, *state))
+        assert ours.dtype == torch.bfloat16
+
+
+def test_ops_refuse_tensors_that_do_not_agree(backend: str) -> None:
+    """Graphs call them without the public function's checks, and kernels trust what they get."""
+    case = Case(2, 2, 9, 8, is_causal=True, initial_state=True, masked=True, return_state=True)
+    right = of_op(case, backend, requires_grad=False)
+    forward_op(*right)
+    query, key, value, mask, *_, S, z = right[:8]
+    for place, wrong, message in (
+        (1, key[:1], "key must have query's batch size B = 2"),
+        (1, key[:, :, :5], "value must have key's heads and tokens"),
+        (2, value.double(), "value must have query's dtype"),
+        (3, mask[:, :4], "key_mask must be bool of shape"),
+        (3, mask.int(), "key_mask must be bool of shape"),
+        (6, S[:1], r"initial_state.S must have shape \(B, Hk, F, Dv\)"),
+        (7, z.double(), "initial_state.z must be torch.float32"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            forward_op(*right[:place], wrong, *right[place + 1 :])
+    token = (query[:, :, :1], key[:, :, :1], value[:, :, :1])
+    options = ("elu", True, 1.0, 1e-6, backend)
+    step_op(*token, None, S.contiguous(), z.contiguous(), *options)
+    with pytest.raises(TypeError, match="value must have query's dtype"):
+        step_op(*token[:2], token[2].double(), None, S, z, *options)
+    with pytest.raises(ValueError, match="initial_state.S must have shape"):
+        step_op(*token, None, S[:1].contiguous(), z, *options)
+    with pytest.raises(ValueError, match="state must be contiguous"):
+        step_op(*token, None, S.mT.contiguous().mT, z, *options)
+    *_, saved = forward_op(*right[:-2], True, backend)
+    with pytest.raises(ValueError, match="saved must be what fastattn::forward gave"):
+        backward_op(
+            torch.cat([saved, saved.new_zeros(1)]), query, None, None, *right[:-2], True, backend
+        )
 
 
 # --- autocast, checkpointing, sharing -----------------------------------------------------------
