@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ def _attach(head: SelfTerminatingHead, model: Any) -> Any:
     # Of the model, so that a copy of it has its own: handles find the hooks of their own model.
     model._fastattn_head = (hooks, model.loss_function)
     model.loss_function = _no_loss  # the head's loss takes its place
+    model.init_continuous_batching = _no_continuous_batching
     record(model.config, {name: getattr(head, name) for name in SETTINGS}, HEAD)
     return model
 
@@ -95,7 +96,7 @@ def detach(model: Any) -> Any:
     for hook in hooks:
         hook.remove()
     record(model.config, None, HEAD)
-    del model._fastattn_head
+    del model._fastattn_head, model.init_continuous_batching
     return model
 
 
@@ -119,14 +120,17 @@ def _after(
     # A model makes a cache by default, also for whoever only wants the logits of a text. With the
     # clock "generated" they are others than those of a prompt, so a cache must be asked for.
     caches = (given.get(name) for name in ("past_key_values", "cache"))  # from 5.24 on the latter
-    asked = given.get("use_cache") or any(given_cache is not None for given_cache in caches)
+    given_caches = [given_cache for given_cache in caches if given_cache is not None]
+    if any(not isinstance(given_cache, Cache) for given_cache in given_caches):
+        _no_continuous_batching()
+    asked = given.get("use_cache") or given_caches
     if given.get("labels") is not None:
         _score(head, output, given)
     elif isinstance(cache, Cache) and (asked or head.clock == "all"):
         _decode(head, output, given)
     else:
         _check_all_logits(output, given)
-        output.logits = head.log_probs(output.logits, _unpadded(head, given))
+        output.logits = head.log_probs(output.logits, _unpadded(head, given), _ended(head, given))
         if isinstance(cache, Cache):
             _carry_in(cache)
             cache.scored = True  # type: ignore[attr-defined]
@@ -135,6 +139,13 @@ def _after(
 
 def _no_loss(*args: Any, **kwargs: Any) -> None:
     return None
+
+
+def _no_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    raise NotImplementedError(
+        "continuous batching (generate_batch) has no place for what a self-terminating head "
+        "counts: use generate"
+    )
 
 
 @functools.cache
@@ -151,7 +162,10 @@ def _score(head: SelfTerminatingHead, output: Any, given: dict[str, Any]) -> Non
         started = _unpadded(head, given)
     else:
         started = (following != -100).cumsum(1) > 0
-    output.logits = head.log_probs(output.logits, started)
+    ended = _ended(head, given)
+    if ended is None:
+        ended = labels == head.eos_token_id
+    output.logits = head.log_probs(output.logits, started, ended.to(output.logits.device))
     total = torch.nn.functional.nll_loss(
         output.logits.flatten(0, 1), following.to(output.logits.device).flatten(), reduction="sum"
     )
@@ -169,7 +183,11 @@ def _decode(head: SelfTerminatingHead, output: Any, given: dict[str, Any]) -> No
         )
     carry = getattr(cache, "carry", None)
     tokens, kept = _tokens(given), logits.shape[1]
-    started = _unpadded(head, given)
+    started, ended = _unpadded(head, given), _ended(head, given)
+    if carry is not None and tokens == 1 and ended is not None:
+        _check_going_on(head, ended)
+    if head.clock == "generated":
+        ended = None  # texts in the prompt are not counted anyway
     if carry is None:
         _carry_in(cache)
         if head.clock == "generated":
@@ -186,25 +204,51 @@ def _decode(head: SelfTerminatingHead, output: Any, given: dict[str, Any]) -> No
     if carry is not None and len(carry) != len(logits):
         raise ValueError(f"the cache holds {len(carry)} sequences, but {len(logits)} are decoded")
     if head.kind == "nmst" and head.clock == "all" and kept < tokens:
-        carry = _past_unseen(head, logits, carry, started, tokens - kept)
-        started = None if started is None else started[:, tokens - kept :]
-    output.logits, cache.carry = head._apply(logits, carry, started)
+        unseen = tokens - kept
+        parts = [None if x is None else x[:, :unseen].to(logits.device) for x in (started, ended)]
+        carry = _past_unseen(head, logits, carry, unseen, *parts)
+        started, ended = (None if x is None else x[:, unseen:] for x in (started, ended))
+    output.logits, cache.carry = head._apply(logits, carry, started, ended)
 
 
 def _past_unseen(
-    head: SelfTerminatingHead, logits: Tensor, carry: Tensor | None, started: Tensor | None, n: int
+    head: SelfTerminatingHead,
+    logits: Tensor,
+    carry: Tensor | None,
+    tokens: int,
+    started: Tensor | None,
+    ended: Tensor | None,
 ) -> Tensor:
-    """``carry`` after the first ``n`` tokens of a call, which the model gave no logits of: the
-    prompt's, or a piece's of it. "nmst" only counts them."""
-    per_token = torch.full_like(logits[:, 0, 0], math.log1p(-head.epsilon), dtype=torch.float32)
-    total = per_token * (n if started is None else started[:, :n].sum(1).to(per_token.device))
-    return total if carry is None else carry + total
+    """``carry`` after the first tokens of a call, which the model gave no logits of: the prompt's,
+    or a piece's of it. "nmst" only counts them."""
+    shape = len(logits), tokens
+    counts = logits.new_ones(shape, dtype=torch.bool) if started is None else started
+    total = logits.new_zeros(len(logits), dtype=torch.float32) if carry is None else carry
+    if ended is not None:
+        counts = counts & ((ended.flip(1).cumsum(1).flip(1) - ended.long()) == 0)
+        total = total.masked_fill(ended.any(1), 0)
+    return total + math.log1p(-head.epsilon) * counts.sum(1)
+
+
+def _check_going_on(head: SelfTerminatingHead, ended: Tensor) -> None:
+    """When all texts have ended ``generate`` stops, unless it was told of another end."""
+    if not torch.compiler.is_compiling() and bool(ended.all()):
+        raise ValueError(
+            f"every text has ended with the head's token {head.eos_token_id} and decoding goes on: "
+            "generate has another eos_token_id (its own argument, or in generation_config)"
+        )
 
 
 def _tokens(given: dict[str, Any]) -> int:
     ids = given.get("input_ids")
     tokens: Tensor = given["inputs_embeds"] if ids is None else ids
     return tokens.shape[1]
+
+
+def _ended(head: SelfTerminatingHead, given: dict[str, Any]) -> Tensor | None:
+    """Which of this call's tokens are ends of sequence (B, N), if it has tokens."""
+    ids = given.get("input_ids")
+    return None if ids is None else ids == head.eos_token_id
 
 
 def _check_all_logits(output: Any, given: dict[str, Any]) -> None:

@@ -13,6 +13,9 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from numbers import Integral
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +36,14 @@ TRUNCATING = tuple(
 class _Consistent(LogitsProcessor, ABC):
     """Keeps ``kept(scores)`` and the end-of-sequence tokens; everything else gets -inf."""
 
+    supports_continuous_batching = False
+
     def __init__(self, eos_token_id: int | Sequence[int]) -> None:
-        ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        if not ids or any(type(i) is not int or i < 0 for i in ids):
+        given: Any = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+        if not given or any(isinstance(i, bool) or not isinstance(i, Integral) for i in given):
+            raise ValueError(f"eos_token_id must be a token id or several; got {eos_token_id!r}")
+        ids = [int(i) for i in given]
+        if min(ids) < 0:
             raise ValueError(f"eos_token_id must be a token id or several; got {eos_token_id!r}")
         self.eos_token_ids = ids
 
@@ -47,9 +55,10 @@ class _Consistent(LogitsProcessor, ABC):
         """Scores (rows, vocabulary) with what is not kept at -inf.
 
         Raises:
-            ValueError: ``generate`` would truncate once more, or an eos id beyond the vocabulary.
+            ValueError: ``generate`` would truncate once more or ends at other tokens, or an eos id
+                beyond the vocabulary.
         """
-        self._refuse_second_truncation()
+        self._check_caller()
         if max(self.eos_token_ids) >= scores.shape[-1]:
             raise ValueError(
                 f"eos_token_id must be below the vocabulary's {scores.shape[-1]}; "
@@ -59,9 +68,9 @@ class _Consistent(LogitsProcessor, ABC):
         kept[:, self.eos_token_ids] = True
         return scores.masked_fill(~kept, -torch.inf)
 
-    def _refuse_second_truncation(self) -> None:
+    def _check_caller(self) -> None:
         """``generate`` runs its own truncation after a user's processors and tells them nothing of
-        it, so the list that is calling is looked up where it is: in the calling frames."""
+        it, nor of where texts end, so both are looked up where they are: in the calling frames."""
         frame = inspect.currentframe()
         for _ in range(3):  # this method, __call__, the list's __call__
             caller = None if frame is None else frame.f_locals.get("self")
@@ -70,12 +79,23 @@ class _Consistent(LogitsProcessor, ABC):
                     if isinstance(other, TRUNCATING):
                         raise ValueError(
                             f"{type(self).__name__} truncates by itself, and "
-                            f"{type(other).__name__} after it could cut the end of sequence off: "
+                            f"{type(other).__name__} could cut the end of sequence off: "
                             "call generate(..., top_k=0, top_p=1.0) without min_p, typical_p, "
                             "top_h, epsilon_cutoff and eta_cutoff"
                         )
+                self._check_ends(frame.f_back if frame else None)
                 return
             frame = None if frame is None else frame.f_back
+
+    def _check_ends(self, generating: FrameType | None) -> None:
+        config = generating.f_locals.get("generation_config") if generating else None
+        ends = getattr(config, "eos_token_id", None)
+        if ends is None or set(ends if isinstance(ends, list) else [ends]) & {*self.eos_token_ids}:
+            return
+        raise ValueError(
+            f"{type(self).__name__} keeps {self.eos_token_ids}, but generate ends at "
+            f"eos_token_id={ends}"
+        )
 
 
 class ConsistentTopK(_Consistent):

@@ -41,7 +41,8 @@ class SelfTerminatingHead:
         epsilon: in (0, 1); see the bound above. Small values disturb the model less.
         kind: "nmst" or "st".
         clock: what t counts. "generated": generated tokens, so that a prompt does not bring the
-            end nearer; "all": the prompt's tokens too.
+            end nearer; "all": the prompt's tokens too. After an end of sequence it starts anew, so
+            that texts packed into one row are trained like texts in rows of their own.
 
     Raises:
         ValueError: an argument out of range.
@@ -69,18 +70,22 @@ class SelfTerminatingHead:
         """Tokens, the end among them, within which greedy decoding has ended."""
         return math.floor(-math.log(2) / math.log1p(-self.epsilon)) + 1
 
-    def log_probs(self, logits: Tensor, started: Tensor | None = None) -> Tensor:
+    def log_probs(
+        self, logits: Tensor, started: Tensor | None = None, ended: Tensor | None = None
+    ) -> Tensor:
         """The parallel form: log-probabilities of a whole sequence, for training and scoring.
 
         Args:
             logits: (B, N, V); position i predicts token i + 1.
             started: bool (B, N), True where the clock runs: where the predicted token is generated
                 or, with the clock "all", where the token is no padding. None: everywhere.
+            ended: bool (B, N), True where the token is an end of sequence: what is predicted there
+                begins another text. None: nowhere.
 
         Returns:
             (B, N, V), float32 (float64 for float64 logits).
         """
-        result, _ = self._apply(logits, None, started)
+        result, _ = self._apply(logits, None, started, ended)
         return result
 
     def step(self, logits: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -109,11 +114,16 @@ class SelfTerminatingHead:
         """
         if started is None and self.clock == "generated":
             started = (labels != -100).cumsum(1) > 0
-        log_probs = self.log_probs(logits, started)
+        ended = F.pad(labels[:, :-1] == self.eos_token_id, (1, 0))
+        log_probs = self.log_probs(logits, started, ended)
         return F.nll_loss(log_probs.flatten(0, 1), labels.flatten())
 
     def _apply(
-        self, logits: Tensor, carry: Tensor | None, started: Tensor | None
+        self,
+        logits: Tensor,
+        carry: Tensor | None,
+        started: Tensor | None,
+        ended: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``carry`` is what the log of alpha has summed up over the tokens before."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -126,6 +136,8 @@ class SelfTerminatingHead:
         total = more.cumsum(1)
         if carry is not None:
             total = total + carry[:, None]
+        if ended is not None:  # less what had summed up at the last end: sums only ever fall
+            total = total - torch.where(ended, total - more, 0).cummin(1).values
         log_alpha = total + F.logsigmoid(-z) if self.kind == "nmst" else total
         without_end = logits.index_fill(
             -1, torch.tensor([self.eos_token_id], device=logits.device), -torch.inf

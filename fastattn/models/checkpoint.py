@@ -54,7 +54,7 @@ def load(path: str | Path, **options: Any) -> Any:
         if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             shown = ", ".join(str(key) for key in sorted(keys, key=str)[:5])
             raise ValueError(f"the weights in {path} don't fit: {kind.replace('_', ' ')} {shown}")
-    if config.get(HEAD) is not None:
+    if hasattr(model, "_fastattn_head"):  # a model without generation leaves it alone
         from fastattn.generation.attached import check_end
 
         check_end(config[HEAD]["eos_token_id"], model)

@@ -172,6 +172,60 @@ def test_training_loss(kind: str, clock: str) -> None:
     assert halved.item() == pytest.approx(total / count / 2, abs=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "clock"), SETTINGS)
+def test_packed_texts_are_trained_like_texts_alone(kind: str, clock: str) -> None:
+    head, lengths = SelfTerminatingHead(EOS, 0.02, kind, clock), (5, 1, 9, 4)
+    logits = torch.randn(1, sum(lengths), VOCABULARY)
+    labels = torch.randint(3, VOCABULARY, (1, sum(lengths)))
+    labels[:, torch.tensor(lengths).cumsum(0) - 1] = EOS
+    texts = zip(logits.split(lengths, 1), labels.split(lengths, 1), strict=True)
+    alone = sum(head.loss(*text) * text[1].shape[1] for text in texts) / sum(lengths)
+    torch.testing.assert_close(head.loss(logits, labels), alone)
+
+
+@pytest.mark.parametrize(("kind", "clock"), SETTINGS)
+def test_an_attached_head_counts_anew_after_an_end(kind: str, clock: str) -> None:
+    head, plain = SelfTerminatingHead(EOS, 0.02, kind, clock), decoder()
+    model = head.attach(copy.deepcopy(plain))
+    ids = torch.randint(3, VOCABULARY, (2, 12))
+    ids[0, 4] = ids[1, 7] = EOS
+    with torch.no_grad():
+        logits = plain(ids).logits
+        scored = model(ids).logits
+        trained = model(ids, labels=ids).logits
+        read = model(ids, use_cache=True, logits_to_keep=1).logits
+    for row, end in enumerate((4, 7)):
+        first = head.log_probs(logits[row : row + 1, :end])
+        second = head.log_probs(logits[row : row + 1, end:])
+        want = torch.cat([first, second], 1)[0]
+        torch.testing.assert_close(scored[row], want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trained[row], want, atol=1e-5, rtol=1e-5)
+        if clock == "all":
+            torch.testing.assert_close(read[row, -1], want[-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["argument", "configuration"])
+def test_another_end_for_generate_is_noticed(where: str) -> None:
+    model = SelfTerminatingHead(EOS, 0.1).attach(decoder())
+    options = {"do_sample": False, "max_new_tokens": 100}
+    if where == "argument":
+        options["eos_token_id"] = 5
+    else:
+        model.generation_config.eos_token_id = 5
+    with pytest.raises(ValueError, match="ended with the head's token 2 and decoding goes on"):
+        model.generate(**prompts(), **options)
+
+
+def test_a_classifier_made_of_a_model_with_a_head_is_loaded(tmp_path: Path) -> None:
+    model = SelfTerminatingHead(EOS).attach(fastattn.linearize(decoder(), "elu"))
+    model.save_pretrained(tmp_path / "decoder")
+    classifier = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "decoder")
+    classifier.save_pretrained(tmp_path / "classifier")
+    loaded = fastattn.load(tmp_path / "classifier").eval()
+    ids = prompts()["input_ids"]
+    assert torch.equal(loaded(ids).logits, classifier.eval()(ids).logits)
+
+
 def test_learns_where_to_end() -> None:
     """Texts of 5 tokens and an end: trained through the head, generation ends there."""
     model = SelfTerminatingHead(EOS, 1e-4).attach(decoder(1.0)).train()
@@ -350,6 +404,8 @@ def test_what_is_refused() -> None:
     one = {name: value[1:] for name, value in prompts().items()}
     with pytest.raises(ValueError, match="generated one by one"):
         model.generate(**one, prefill_chunk_size=3, do_sample=False, max_new_tokens=3)
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        model.generate_batch([[4, 5]], max_new_tokens=3)
     with pytest.raises(NotImplementedError, match="needs return_dict=True"):
         model(**one, return_dict=False)
     with pytest.raises((ValueError, NotImplementedError), match="one by one|take tokens back"):

@@ -96,10 +96,19 @@ def test_a_second_truncation_is_refused(options: dict[str, float]) -> None:
     prompt = torch.ones(1, 2, dtype=torch.long)
     given = {"top_k": 0, "do_sample": True, "max_new_tokens": 3, **options}
     for processor in (ConsistentTopK(3, EOS), ConsistentTopP(0.5, EOS)):
-        with pytest.raises(ValueError, match="truncates by itself, and .*LogitsWarper after it"):
+        with pytest.raises(ValueError, match="truncates by itself, and .*LogitsWarper could cut"):
             decoder().generate(prompt, logits_processor=[processor], **given)
     given = {"top_k": 0, "do_sample": True, "max_new_tokens": 3, "temperature": 0.7}
     decoder().generate(prompt, logits_processor=[ConsistentTopP(0.5, EOS)], **given)
+
+
+def test_another_end_than_that_of_generate_is_refused() -> None:
+    prompt = torch.ones(1, 2, dtype=torch.long)
+    given = {"top_k": 0, "do_sample": True, "max_new_tokens": 3}
+    with pytest.raises(ValueError, match=rf"keeps \[7\], but generate ends at eos_token_id={EOS}"):
+        decoder().generate(prompt, logits_processor=[ConsistentTopK(2, 7)], **given)
+    several = ConsistentTopK(2, [7, EOS])
+    decoder().generate(prompt, logits_processor=[several], **given)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +117,8 @@ def test_a_second_truncation_is_refused(options: dict[str, float]) -> None:
         (lambda: ConsistentTopK(0, EOS), "k must be an integer of at least 1; got 0"),
         (lambda: ConsistentTopK(1.5, EOS), "got 1.5"),
         (lambda: ConsistentTopP(1.0, EOS), r"p must be in \[0, 1\); got 1.0"),
+        (lambda: ConsistentTopP(0.5, None), "eos_token_id must be a token id or several; got None"),
+        (lambda: ConsistentTopP(0.5, True), "eos_token_id must be a token id or several; got True"),
         (lambda: ConsistentTopP(0.5, []), r"eos_token_id must be a token id or several; got \[\]"),
         (lambda: ConsistentTopK(1, 99)(None, torch.zeros(1, 9)), "vocabulary's 9; got .99"),
     ],
