@@ -25,6 +25,7 @@ from rich.table import Table
 import fastattn
 from fastattn.cli.options import has_bf16, set_up
 from fastattn.generation import ConsistentTopK, ConsistentTopP, SelfTerminatingHead
+from fastattn.generation.self_terminating import KINDS
 from fastattn.recipes.progress import progress
 
 console = Console()
@@ -43,6 +44,12 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    for name in ("test.txt", "valid.txt"):
+        if not (options.data / name).is_file():
+            parser.error(f"--data {options.data} has no {name}")
+    heads = options.heads.split(",")
+    if unknown := set(heads) - {"softmax", *KINDS}:
+        parser.error(f"--heads takes softmax, {', '.join(KINDS)}; got {', '.join(sorted(unknown))}")
     set_up(None)
 
     words, vocabulary = read(options.data / "test.txt", None)
@@ -54,7 +61,7 @@ def main() -> None:
     table = Table(title=f"{len(contexts)} continuations of {CONTEXT} tokens", title_justify="left")
     for column in ("head", "perplexity", "decoding", f"no end after {options.length}", "longest"):
         table.add_column(column)
-    for kind in options.heads.split(","):
+    for kind in heads:
         torch.manual_seed(options.seed)
         model = make(len(vocabulary), options.length)
         if kind != "softmax":
@@ -87,7 +94,7 @@ def main() -> None:
 
 
 def read(path: Path, vocabulary: dict[str, int] | None) -> tuple[list[torch.Tensor], dict]:
-    """Texts as token ids with their end; the vocabulary is that of words seen twice."""
+    """Texts as token ids with their end; the vocabulary is that of words seen three times."""
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line]
     if vocabulary is None:

@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=20, help="words of those")
     parser.add_argument("--layer", type=int, default=-1)
     options = parser.parse_args()
+    if not options.data.is_file():
+        parser.error(f"--data {options.data} is no file")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -52,6 +52,9 @@ def main() -> None:
     parser.add_argument("--attention", default="softmax", help="softmax, feature maps, or several")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    for name in CORPORA:
+        if not (options.data / f"{name}_test_gold.txt").is_file():
+            parser.error(f"--data {options.data} has no {name}_test_gold.txt")
     set_up(None)
 
     corpora = {name: read(options.data / f"{name}_test_gold.txt") for name in CORPORA}

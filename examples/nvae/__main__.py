@@ -43,16 +43,23 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         images = load(options.data, options.size, options.split)
         shape = shape_for(images, options)
-    except ValueError as error:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    try:
+        run(images, shape, options)
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}: try a lower --learning-rate")
+    say(f"{(time.monotonic() - start) / 60:.1f} minutes")
+
+
+def run(images: Images, shape: Shape, options: argparse.Namespace) -> None:
     binary = shape.levels == 2
     say(
         f"{images.name}: {len(images.train)} images for training and {len(images.test)} for "
         f"testing, {images.channels} x {images.size} x {images.size}, "
         f"{'binary draws of ' if binary else ''}{images.levels} grey levels"
     )
-    options.output.mkdir(parents=True, exist_ok=True)
-
     options.steps = options.steps or affordable_steps(shape, images, options)
     model = NVAE(shape)
     say(
@@ -74,7 +81,6 @@ def main(arguments: list[str] | None = None) -> None:
     title = f"NVAE with {shape.mixer} on {images.name}: bound {nats.bound:.2f} nats"
     draw(model, images, binary, options.temperature, curve, title, path)
     say(f"picture: {path}")
-    say(f"{(time.monotonic() - start) / 60:.1f} minutes")
 
 
 class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -142,7 +148,7 @@ def shape_for(images: Images, options: argparse.Namespace) -> Shape:
     likelihood = options.likelihood or ("bernoulli" if images.channels == 1 else "logistic")
     if likelihood == "bernoulli" and images.channels != 1:
         raise DataError("--likelihood bernoulli is for images of one channel; these are in colour")
-    return Shape(
+    shape = Shape(
         size=images.size,
         image_channels=images.channels,
         levels=2 if likelihood == "bernoulli" else images.levels,
@@ -154,6 +160,12 @@ def shape_for(images: Images, options: argparse.Namespace) -> Shape:
         mixer=options.mixer,
         flow=options.flow,
     )
+    if min(options.batch_size, len(images.train)) == 1 and shape.scales[0][1] == 1:
+        raise DataError(
+            "a step of one image of one pixel, as the coarsest scale has it, has no batch "
+            "statistics: give more images, a larger --batch-size, or fewer scales in --groups"
+        )
+    return shape
 
 
 def settings_for(options: argparse.Namespace) -> Settings:

@@ -1,6 +1,6 @@
 """How good a model is, in nats of test images it has not seen: the bound, and closer to the truth.
 
-Both come from the same draws, so the second is never above the first.
+In expectation the second is never above the first.
 """
 
 from __future__ import annotations

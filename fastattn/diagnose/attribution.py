@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattn.diagnose.texts import Text, encode, evaluating, forward
+from fastattn.diagnose.texts import Text, check_texts, encode, evaluating, forward
 
 Objective = Callable[[Any, Tensor], Tensor]
 BASELINES = ("pad", "mask", "zero")
@@ -93,9 +93,11 @@ def attribute(
 
     Raises:
         ModuleNotFoundError: captum is not installed; names the extra that brings it.
+        TypeError: one string in place of several.
         ValueError: an unknown baseline, a baseline token that the tokenizer lacks, a target out
             of range, no points, or a model without logits and no objective.
     """
+    check_texts(texts)
     if baseline not in BASELINES:
         raise ValueError(f"baseline must be one of {', '.join(BASELINES)}; got {baseline!r}")
     if objective is not None and target is not None:

@@ -22,7 +22,7 @@ from fastattn.diagnose.attribution import (
     similarity_to,
 )
 from fastattn.diagnose.ranks import kendall, spearman, top_overlap
-from fastattn.diagnose.texts import Text, encode, evaluating, forward
+from fastattn.diagnose.texts import Text, check_texts, encode, evaluating, forward
 
 TOP = 5
 
@@ -47,7 +47,8 @@ class Pair:
 
     @property
     def top_overlap(self) -> float:
-        """The share of the ``TOP`` strongest words that both models have in common."""
+        """The share of the ``TOP`` strongest words that both models have in common; NaN for texts
+        of no more words than that."""
         return top_overlap(self.original.word_scores, self.patched.word_scores, TOP)
 
 
@@ -89,8 +90,10 @@ def compare(
     are those of ``attribute``.
 
     Raises:
+        TypeError: one string in place of several.
         ValueError: no texts, or models with outputs of different kinds or different labels.
     """
+    check_texts(texts)
     if not texts:
         raise ValueError("texts is empty: there is nothing to compare")
     options: dict[str, Any] = {"baseline": baseline, "points": points, "max_length": max_length}

@@ -66,6 +66,8 @@ def impact_matrix(
     if ids is None:
         raise ValueError(f"input_ids must be one text, (T,) or (1, T); got {list(input_ids.shape)}")
     _check_model(model, len(ids), mask_token_id, layer)
+    if metric == "prob" and _predicts_the_next(model):
+        raise _no_masked_head(model)
     if band is not None and band < 1:
         raise ValueError(f"band must be at least 1; got {band}")
     if token_type_ids is not None and token_type_ids.numel() != len(ids):
@@ -116,6 +118,20 @@ def _check_model(model: Any, tokens: int, mask_token_id: int | None, layer: int)
         raise ValueError(f"layer must be within {-states - 1}..{states}; got {layer}")
 
 
+def _predicts_the_next(model: Any) -> bool:
+    """A language model whose logits at a position are those of the token after it."""
+    config = getattr(model, "config", None)
+    can_generate = getattr(model, "can_generate", None)
+    return getattr(config, "is_decoder", False) or bool(can_generate and can_generate())
+
+
+def _no_masked_head(model: Any) -> ValueError:
+    return ValueError(
+        f'metric="prob" needs a masked-language-model head; {type(model).__name__} has none: use '
+        '"dist" or "cos"'
+    )
+
+
 class _Probe:
     """What is read of a unit (its tokens' log-probability, or its mean vector), and how far two
     readings are apart."""
@@ -156,11 +172,9 @@ class _Probe:
             ]
             return hidden
         logits = getattr(self.model(**inputs), "logits", None)
-        if logits is None or logits.ndim != 3:
-            raise ValueError(
-                f'metric="prob" needs a masked-language-model head; {type(self.model).__name__} '
-                'has none: use "dist" or "cos"'
-            )
+        vocabulary = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        if logits is None or logits.ndim != 3 or vocabulary not in (None, logits.shape[-1]):
+            raise _no_masked_head(self.model)
         truth = self.ids.expand_as(masked)[..., None]
         own: Tensor = logits.gather(-1, truth)[..., 0] - logits.logsumexp(-1)
         return own
@@ -176,7 +190,8 @@ class Agreement:
 
     Attributes:
         spearman, kendall: rank correlations.
-        top: the share of rows whose largest entry is at the same place.
+        top: the share of rows whose largest entry is at the same place, among those that have one
+            largest entry in both; NaN if there are none.
     """
 
     spearman: float
@@ -188,9 +203,10 @@ def agreement(first: Tensor, second: Tensor) -> Agreement:
     """Compare two models' impact matrices (n, n) of the same text.
 
     Raises:
-        ValueError: shapes that differ, or matrices with NaN (made with ``band``).
+        ValueError: shapes that differ, empty matrices, or such with NaN (made with ``band``).
     """
-    if first.shape != second.shape or first.ndim != 2 or len(first) != first.shape[1]:
+    shape = list(first.shape)
+    if first.shape != second.shape or len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
         raise ValueError(
             f"two square matrices of one shape are needed; got {list(first.shape)} "
             f"and {list(second.shape)}"
@@ -199,6 +215,14 @@ def agreement(first: Tensor, second: Tensor) -> Agreement:
         raise ValueError("the matrices have NaN entries: compute them without band=")
     off_diagonal = ~torch.eye(len(first), dtype=torch.bool)
     a, b = first[off_diagonal], second[off_diagonal]
-    rows = (x.masked_fill(~off_diagonal, -torch.inf).argmax(1) for x in (first, second))
-    best_a, best_b = rows
-    return Agreement(spearman(a, b), kendall(a, b), float((best_a == best_b).double().mean()))
+    (best_a, clear_a), (best_b, clear_b) = (
+        _largest(x.masked_fill(~off_diagonal, -torch.inf)) for x in (first, second)
+    )
+    same = (best_a == best_b)[clear_a & clear_b]  # the mean of none is NaN
+    return Agreement(spearman(a, b), kendall(a, b), float(same.double().mean()))
+
+
+def _largest(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The place of each row's largest entry, and whether it is the only one as large."""
+    largest, place = matrix.max(1)
+    return place, (matrix == largest[:, None]).sum(1).eq(1) & largest.isfinite()

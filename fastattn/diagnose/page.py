@@ -30,7 +30,8 @@ def render(report: dict[str, Any]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "number": number, "scientific": scientific, "duration": duration, "memory": memory,
+        "number": number, "percent": percent, "scientific": scientific,
+        "duration": duration, "memory": memory,
     }  # fmt: skip
     template = environment.from_string(
         (files("fastattn.diagnose") / "page.html.jinja").read_text(encoding="utf-8")
@@ -59,6 +60,10 @@ def impact_color(value: float, largest: float) -> str:
 
 def number(value: float | None, digits: int = 2) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.0f} %"
 
 
 def scientific(value: float) -> str:

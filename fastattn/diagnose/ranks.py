@@ -27,12 +27,22 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 def kendall(a: Tensor, b: Tensor) -> float:
     """Kendall's tau-b of two vectors; NaN where ``spearman`` is."""
+    if len(a) < 2:
+        return math.nan
     return float(_scipy_stats().kendalltau(a.detach().cpu(), b.detach().cpu()).statistic)
 
 
 def top_overlap(a: Tensor, b: Tensor, k: int) -> float:
-    """The share of the k largest of |a| that are among the k largest of |b|."""
-    k = min(k, len(a))
+    """The share of the k largest of |a| that are among the k largest of |b|; NaN for vectors of at
+    most k numbers, which share them whatever they are.
+
+    Raises:
+        ValueError: k below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1; got {k}")
+    if len(a) <= k:
+        return math.nan
     largest = (set(x.abs().topk(k).indices.tolist()) for x in (a, b))
     return len(set.intersection(*largest)) / k
 

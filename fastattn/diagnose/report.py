@@ -123,7 +123,7 @@ def _entry(pair: Pair) -> dict[str, Any]:
         "patched": _scores(pair.patched),
         "spearman": _number(pair.spearman),
         "kendall": _number(pair.kendall),
-        "top_overlap": pair.top_overlap,
+        "top_overlap": _number(pair.top_overlap),
         "top": TOP,
         "impact": None,
     }

@@ -13,6 +13,12 @@ Text = str | Sequence[str]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
+def check_texts(texts: Sequence[Text]) -> None:
+    """A string is a sequence of strings, too: of its letters."""
+    if isinstance(texts, str):
+        raise TypeError(f"texts must be a list of texts; got one string, {texts[:40]!r}")
+
+
 def encode(
     model: nn.Module, tokenizer: Any, text: Text, max_length: int | None = None
 ) -> tuple[dict[str, Tensor], list[bool]]:
@@ -20,8 +26,10 @@ def encode(
 
     Raises:
         ValueError: a text without tokens, or longer than ``max_length`` with nothing left of it, or
-            with more tokens than the model has positions for.
+            with more tokens than the model has positions for; ``max_length`` below 1.
     """
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1; got {max_length}")
     parts = (text,) if isinstance(text, str) else tuple(text)
     encoded = tokenizer(
         *parts,

@@ -16,6 +16,7 @@ mean of d under p(d) ~ exp(beta M(w + d)). For a quadratic metric that is Newton
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import warnings
@@ -71,6 +72,7 @@ def mgs_step(
     seed: int | None = None,
 ) -> SearchStep:
     """Put the negative MGS update into the parameters' ``grad``, for any optimizer to apply.
+    Gradients that are there already are dropped; ``search`` starts from accumulated ones.
 
     Plain SGD with a learning rate of 1 makes the step exactly. The parameters are the same, bit for
     bit, afterwards; beside the model's own memory this takes one copy of its parameters.
@@ -102,6 +104,7 @@ def mgs_step(
     _check(candidates, beta, noise, noise_unit, density)
     model.zero_grad(set_to_none=True)
     loss(model, batch).backward()
+    _check_dense(model)
     if max_norm is not None:
         if not max_norm > 0:
             raise ValueError(f"max_norm must be positive or None; got {max_norm}")
@@ -127,6 +130,7 @@ def search(
     """``mgs_step`` from the gradients that the parameters already have. Parameters without one
     are left alone."""
     _check(candidates, beta, noise, noise_unit, density)
+    _check_dense(model)
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
@@ -175,6 +179,9 @@ class MGSCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             raise ValueError("batches must have at least one batch")
         if "seed" in options:
             raise TypeError("MGSCallback takes the seed from the Trainer's arguments")
+        accepted = inspect.signature(search).bind(None, metric, None, **options)
+        accepted.apply_defaults()
+        _check(*(accepted.arguments[name] for name in _OPTIONS))
         self.metric, self.batches, self.options = metric, batches, options
         self.steps: list[SearchStep] = []  # since the last log
 
@@ -199,6 +206,9 @@ class MGSCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.steps.clear()
 
 
+_OPTIONS = ("candidates", "beta", "noise", "noise_unit", "density")
+
+
 def _check(candidates: int, beta: float, noise: float, noise_unit: str, density: str) -> None:
     if isinstance(candidates, bool) or not isinstance(candidates, int):
         raise TypeError(f"candidates must be an int; got {candidates!r}")
@@ -212,6 +222,12 @@ def _check(candidates: int, beta: float, noise: float, noise_unit: str, density:
         raise ValueError(f"noise_unit must be one of {', '.join(NOISE_UNITS)}; got {noise_unit!r}")
     if density not in DENSITIES:
         raise ValueError(f"density must be one of {', '.join(DENSITIES)}; got {density!r}")
+
+
+def _check_dense(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise ValueError(f"the gradient of {name} is sparse: make its Embedding a dense one")
 
 
 def _unit(noise_unit: str, parameter: Tensor, gradient: Tensor) -> float:

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 
 import fastattn
 from fastattn.diagnose import attribute, compare
+from fastattn.diagnose.ranks import top_overlap
 
 TEXTS = ["the film was great with a happy actor", "a dull plot and this scene was poor"]
 
@@ -116,6 +118,13 @@ def test_arguments(model_and_tokenizer: tuple[Any, Any]) -> None:
         attribute(model.bert, tokenizer, TEXTS)
     with pytest.raises(ValueError, match="'' has no tokens"):
         attribute(model, tokenizer, [""])
+    for call in (partial(attribute, model), partial(compare, model, model)):
+        with pytest.raises(TypeError, match="texts must be a list of texts; got one string, 'cat'"):
+            call(tokenizer, "cat")
+        with pytest.raises(ValueError, match="max_length must be at least 1; got 0"):
+            call(tokenizer, TEXTS, max_length=0)
+    with pytest.raises(ValueError, match="k must be at least 1; got 0"):
+        top_overlap(torch.ones(3), torch.ones(3), 0)
     with pytest.raises(ValueError, match="nothing to compare"):
         compare(model, model, tokenizer, [])
 
@@ -123,7 +132,7 @@ def test_arguments(model_and_tokenizer: tuple[Any, Any]) -> None:
 def test_one_word_has_no_rank(model_and_tokenizer: tuple[Any, Any]) -> None:
     model, tokenizer = model_and_tokenizer
     pair = compare(model, model, tokenizer, ["film"]).pairs[0]
-    assert math.isnan(pair.spearman) and pair.top_overlap == 1
+    assert math.isnan(pair.spearman) and math.isnan(pair.top_overlap)
 
 
 @pytest.mark.parametrize("package", ["captum", "scipy"])

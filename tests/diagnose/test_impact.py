@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -170,6 +171,26 @@ def test_agreement() -> None:
     assert other.spearman < 0.9
     reversed_order = agreement(first, -first)
     assert reversed_order.spearman == pytest.approx(-1)
+
+
+def test_agreement_of_ties_is_none() -> None:
+    zero, some = torch.zeros(3, 3), torch.tensor([[0.0, 2, 1], [1, 0, 1], [3, 1, 0]])
+    assert math.isnan(agreement(zero, zero).top)
+    assert math.isnan(agreement(torch.zeros(1, 1), torch.zeros(1, 1)).top)
+    other = torch.tensor([[0.0, 2, 1], [1, 0, 5], [1, 3, 0]])
+    assert agreement(some, other).top == 0.5  # rows 0 and 2: the middle one has no largest entry
+    with pytest.raises(ValueError, match="of one shape"):
+        agreement(zero[:0, :0], zero[:0, :0])
+
+
+def test_probabilities_of_masked_language_models_alone() -> None:
+    small = {"vocab_size": 30, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    decoder = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small))
+    encoder = masked_language_model().config
+    tagger = transformers.BertForTokenClassification(encoder)
+    for model in (decoder, tagger):
+        with pytest.raises(ValueError, match="needs a masked-language-model head"):
+            impact_matrix(model, torch.arange(2, 8), MASK, metric="prob")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,23 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch-size", "1", "--groups", "1,1,1"), "a step of one image of one pixel"),
+        (("--output", __file__), "File exists"),
+        (("--learning-rate", "1e9", "--steps", "60"), "try a lower --learning-rate"),
+    ],
+)
+def test_what_can_not_be_trained_is_said_in_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    given = {"--output": str(tmp_path / "out"), **dict(zip(arguments[::2], arguments[1::2]))}
+    quick = dict(zip(QUICK[::2], QUICK[1::2]))
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        main([part for option in {**quick, **given}.items() for part in option])
+
+
 def test_digits() -> None:
     pytest.importorskip("sklearn")
     images = load(None)

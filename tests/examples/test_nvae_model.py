@@ -194,7 +194,8 @@ def test_every_weight_is_trained_once() -> None:
     fit(model, loss, stripes(), Settings(steps=3, batch_size=24, orthogonal=True), True, "test")
     for old, new in zip(before, model.parameters()):
         assert new.grad is not None
-        assert not new.grad.any() or not torch.equal(old, new)
+        # What batch statistics take out again has a gradient of rounding alone.
+        assert new.grad.abs().max() < 1e-6 or not torch.equal(old, new)
     assert sum(bool(p.grad.any()) for p in model.parameters()) > 0.8 * len(before)
 
 

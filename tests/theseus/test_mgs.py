@@ -326,6 +326,10 @@ def test_what_cannot_be_searched() -> None:
     model[0].weight.grad[0, 0] = math.inf
     with pytest.raises(ValueError, match="gradients are not finite"):
         search(model, accuracy, batch_of())
+    sparse = nn.Sequential(nn.Embedding(5, 3, sparse=True))
+    sparse(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match=r"the gradient of 0\.weight is sparse"):
+        search(sparse, accuracy, batch_of())
 
 
 class Rows(torch.utils.data.Dataset):
@@ -403,6 +407,10 @@ def test_what_the_callback_refuses() -> None:
         MGSCallback(classifier_accuracy, [])
     with pytest.raises(TypeError, match="seed from the Trainer's arguments"):
         MGSCallback(classifier_accuracy, [{}], seed=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'densty'"):
+        MGSCallback(classifier_accuracy, [{}], densty="unit")
+    with pytest.raises(ValueError, match="candidates must be at least 1; got 0"):
+        MGSCallback(classifier_accuracy, [{}], candidates=0)
     with pytest.raises(ValueError, match="not fp16; use bf16"):
         MGSCallback(classifier_accuracy, [{}]).on_train_begin(
             type("Args", (), {"fp16": True}), None, None
