@@ -231,8 +231,11 @@ def _past_unseen(
 
 
 def _check_going_on(head: SelfTerminatingHead, ended: Tensor) -> None:
-    """When all texts have ended ``generate`` stops, unless it was told of another end."""
-    if not torch.compiler.is_compiling() and bool(ended.all()):
+    """When all texts have ended ``generate`` stops, unless it was told of another end. (Or goes on
+    for other processes whose texts have not; and a graph can't look at tokens.)"""
+    if torch.compiler.is_compiling() or _has_other_processes():
+        return
+    if bool(ended.all()):
         raise ValueError(
             f"every text has ended with the head's token {head.eos_token_id} and decoding goes on: "
             "generate has another eos_token_id (its own argument, or in generation_config)"
@@ -249,6 +252,10 @@ def _ended(head: SelfTerminatingHead, given: dict[str, Any]) -> Tensor | None:
     """Which of this call's tokens are ends of sequence (B, N), if it has tokens."""
     ids = given.get("input_ids")
     return None if ids is None else ids == head.eos_token_id
+
+
+def _has_other_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _check_all_logits(output: Any, given: dict[str, Any]) -> None:
