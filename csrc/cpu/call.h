@@ -175,7 +175,7 @@ class Call {
     if (divides()) scale_rows<Real>({tile, n_.value_width}, factors, rows, n_.value_width, tile);
   }
 
-  // Where outputs that are written more than once are formed; `finish_out` copies those in the tile.
+  // Where causal outputs are formed: in place if they can be; `finish_out` copies those in the tile.
   Rows<Real> place_for_out(const Sequence& s, int64_t q, int64_t t, Real* tile) const {
     if (has_whole_vectors<Real>(a_.out, p_.dtype, n_.values))
       return {row_of<Real>(a_.out, s.batch, q, s.query_begin + t), a_.out.token};

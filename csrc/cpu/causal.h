@@ -245,24 +245,12 @@ class Causal : private Call<Real, Arith, Arith::chunk_rows> {
     const auto product = [&](const auto& finish) {
       matmul<Arith, false>(rows, vw, Pack::elements(n_.features), A_query, Pack::elements(fw), 1,
                            operands.state, vw, out.data, out.stride, ahead, finish,
-                           of_scores(rows, A_scores, operands.values, vw));
+                           of_scores<Arith>(rows, A_scores, operands.values, vw));
     };
     if (divides())
       product(Scaled<Real>{inverse});
     else
       product(AsItIs{});
-  }
-
-  // The product of scores, paired along columns, and rows of the chunk; or of their transpose, paired
-  // along rows.
-  static Triangle<Arith> of_scores(int64_t rows, const Element* A, const Element* B, int64_t ldb) {
-    const int64_t lda = Pack::elements(kChunk), K = Pack::elements(rows);
-    return {A, lda, 1, B, ldb, K, Pack::per_element, false};
-  }
-
-  static Triangle<Arith> of_scores_transposed(int64_t rows, const Element* A, const Element* B,
-                                              int64_t ldb) {
-    return {A, 1, kChunk, B, ldb, Pack::elements(rows), Pack::per_element, true};
   }
 
   // ---- backward ---------------------------------------------------------------------------------
@@ -341,7 +329,7 @@ class Causal : private Call<Real, Arith, Arith::chunk_rows> {
     const Element* scores = Pack::pair_columns(tile.scores, rows, kChunk, tile.scores_tokens);
     matmul<Arith, false>(rows, fw, Pack::elements(n_.values), g, Pack::elements(vw), 1,
                          operands.state_transposed, fw, dphi_q, fw, ahead, AsItIs{},
-                         of_scores(rows, scores, operands.keys, fw));
+                         of_scores<Arith>(rows, scores, operands.keys, fw));
     if (divides()) {
       Real along[kChunk];
       dots(phi_q, dphi_q, fw, rows, fw, along);
@@ -427,7 +415,7 @@ class Causal : private Call<Real, Arith, Arith::chunk_rows> {
     const auto add = [&](const Element* left, int64_t K, int64_t lda, const Element* later,
                          const Element* own, int64_t width, const auto& finish, Real* sums) {
       const Element* scores = Pack::pair_rows(tile.scores, rows, kChunk, tile.scores_tokens);
-      const auto more = of_scores_transposed(rows, scores, own, width);
+      const auto more = of_scores_transposed<Arith>(rows, scores, own, width);
       if (is_first)
         matmul<Arith, false>(rows, width, K, left, lda, 1, later, width, sums, width, ahead, finish,
                              more);

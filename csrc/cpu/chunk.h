@@ -23,6 +23,22 @@ void add_sums_of_lower(const Real* scores, int64_t rows, Real* sums) {
   }
 }
 
+// The product of scores, paired along columns, and rows of the chunk; or of their transpose, paired
+// along rows.
+template <class Arith, class Element>
+Triangle<Arith> of_scores(int64_t rows, const Element* A, const Element* B, int64_t ldb) {
+  using Pack = Operand<Arith>;
+  const int64_t lda = Pack::elements(Arith::chunk_rows);
+  return {A, lda, 1, B, ldb, Pack::elements(rows), Pack::per_element, false};
+}
+
+template <class Arith, class Element>
+Triangle<Arith> of_scores_transposed(int64_t rows, const Element* A, const Element* B,
+                                     int64_t ldb) {
+  using Pack = Operand<Arith>;
+  return {A, 1, Arith::chunk_rows, B, ldb, Pack::elements(rows), Pack::per_element, true};
+}
+
 // One chunk, and operands of 16-bit arithmetic, paired along tokens or features.
 template <class Real, class Arith>
 struct ForwardChunk {

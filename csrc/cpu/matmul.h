@@ -80,7 +80,6 @@ struct Nothing {
 // A second product whose terms go into the same sums: nothing,
 struct NoMore {
   static constexpr bool is_nothing = true;
-  int64_t first(int64_t) const { return 0; }
   int64_t count(int64_t, int64_t) const { return 0; }
 };
 

@@ -11,7 +11,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Up to so many tokens, one after another beats a chunk's set-up.
+// Up to so many tokens, one after another beats a chunk's set-up (_RECURRENT_TOKENS in native.py).
 constexpr int64_t kRecurrentTokens = 4;
 
 template <class Real, class Arith = Plain<Real>>

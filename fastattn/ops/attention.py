@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from fastattn.ops import check, feature_maps
 from fastattn.ops.library import (
+    NEEDS_GRAD,
     TransformedForward,
     autocast,
     below_autocast,
@@ -154,9 +155,6 @@ def linear_attention(
             with below_autograd():
                 out, S, z, _ = op(*arguments)
     return (out, LinearAttentionState(S, z)) if return_state else out
-
-
-NEEDS_GRAD = -2  # where op_arguments says whether there is anything to differentiate
 
 
 def op_arguments(

@@ -35,7 +35,7 @@ _OPTIONS = (
     "str feature_map, bool is_causal, bool normalize, float scale, float eps, str form, "
     "bool return_state, bool needs_grad, str backend"
 )
-_RETURN_STATE, _NEEDS_GRAD = -3, -2  # their places among the arguments
+_RETURN_STATE, NEEDS_GRAD = -3, -2  # their places among the arguments
 
 library = torch.library.Library("fastattn", "DEF")
 library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor S, Tensor z, Tensor saved)")
@@ -134,7 +134,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # A graph traced without gradients says that none are needed, and is trained all the same.
-        args = (*args[:_NEEDS_GRAD], True, *args[_NEEDS_GRAD + 1 :])
+        args = (*args[:NEEDS_GRAD], True, *args[NEEDS_GRAD + 1 :])
         with below_autograd():
             outputs = forward_op(*args)
         _keep_for_backward(ctx, args, outputs)
